@@ -1,0 +1,168 @@
+"""A dataset folder on disk: its layout, its manifest, and memory-mapped access to its parts.
+
+Layout::
+
+    manifest.json                    written last; a folder without it is not a dataset
+    items.arrow                      one row per dense item index; row 0 is the reserved, unknown item
+    vocabularies/SCOPE.NAME.arrow    columns `value`, `index`; index 0 is reserved and not listed
+    vocabularies/item.arrow, vocabularies/user.arrow      raw id → dense index, all rows
+    partitions/00000/histories.arrow one row per user, the whole event log sorted by time
+    partitions/00000/requests.arrow  one row per request, sorted by (split, history row, time)
+
+Every Arrow file is an uncompressed IPC file of exactly one record batch, so that columns are views of the
+memory map. Column names carry their scope: ``item.genre``, ``user.device``, ``event.rating``, ``request.x``,
+``candidate.age``, ``label.click``, ``oracle.click``.
+
+Dense item indices are ordered so that no look-up is needed to tell known from unknown: 1 … `known_items` − 1 are the
+vocabulary (most frequent first), larger ones occur only outside the training period. The same holds for users.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict
+
+from features.schema import Kind, Split
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+
+class DatasetError(Exception):
+    """A dataset folder that cannot be used; the message says why and what to do."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ColumnInfo(_Record):
+    """One stored column: `size` counts ids including the reserved 0 (categorical, bag); `dim` floats (vector)."""
+
+    kind: Kind
+    size: int = 0
+    dim: int = 0
+
+
+class SplitInfo(_Record):
+    """Counts of one split; times in milliseconds; `positives` by label name."""
+
+    requests: int
+    impressions: int
+    users: int
+    first_ms: int
+    last_ms: int
+    positives: dict[str, int]
+    unknown_items: int = 0
+    """candidates whose item is outside the vocabulary"""
+
+
+class PartitionInfo(_Record):
+    """One user-hash partition; `requests` gives each split's half-open row range in requests.arrow."""
+
+    histories: int
+    events: int
+    requests: dict[Split, tuple[int, int]]
+    impressions: dict[Split, int]
+
+
+class Manifest(_Record):
+    """What the dataset holds. `content_hash` covers every file and the schema, not paths or times of day."""
+
+    format_version: int
+    name: str
+    content_hash: str
+    items: int
+    """rows of the item table, including row 0"""
+    known_items: int
+    """rows an item embedding table needs, including row 0; larger indices are unknown to training"""
+    users: int
+    known_users: int
+    events: int
+    columns: dict[str, dict[str, ColumnInfo]]
+    """by scope, then name"""
+    labels: list[str]
+    oracles: list[str]
+    """labels whose true probability is stored beside them (generated data only)"""
+    splits: dict[Split, SplitInfo]
+    partitions: list[PartitionInfo]
+    dropped: dict[str, int]
+    """rows left out, by reason"""
+    config: dict[str, object]
+    """the resolved prepare config"""
+    versions: dict[str, str]
+
+
+def partition_dir(root: Path, partition: int) -> Path:
+    """Folder of one partition."""
+    return root / "partitions" / f"{partition:05d}"
+
+
+def write_arrow(table: pa.Table, path: Path) -> None:
+    """Write `table` as one uncompressed record batch."""
+    batches = table.combine_chunks().to_batches()
+    batch = batches[0] if batches else pa.RecordBatch.from_pylist([], schema=table.schema)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_batch(batch)
+
+
+def read_arrow(path: Path) -> pa.RecordBatch:
+    """Memory-map a file of :func:`write_arrow`; columns are views of the map.
+
+    Raises:
+        DatasetError: the file is missing, truncated or not of one record batch.
+    """
+    try:
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DatasetError(f"{path}: unreadable ({error}); run `ranker prepare` again") from error
+    if reader.num_record_batches != 1:
+        raise DatasetError(f"{path}: {reader.num_record_batches} record batches, expected 1; run `ranker prepare` again")
+    return reader.get_batch(0)
+
+
+def hash_files(root: Path, schema: object) -> str:
+    """SHA-256 over the JSON of `schema` and every file below `root` but the manifest, by relative path."""
+    digest = hashlib.sha256(json.dumps(schema, sort_keys=True).encode())
+    for path in sorted(p for p in root.rglob("*") if p.is_file() and p.name != MANIFEST):
+        digest.update(str(path.relative_to(root)).encode())
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+class Dataset:
+    """A prepared dataset, opened. Files are mapped on demand.
+
+    Raises:
+        DatasetError: no manifest (not a dataset, or a preparation that did not finish), or another format version.
+    """
+
+    def __init__(self, root: Path | str) -> None:
+        self.root = Path(root)
+        path = self.root / MANIFEST
+        if not path.is_file():
+            raise DatasetError(f"{self.root}: no {MANIFEST}; not a dataset folder, or its preparation did not finish: run `ranker prepare`")
+        raw = json.loads(path.read_text())
+        if raw.get("format_version") != FORMAT_VERSION:
+            raise DatasetError(f"{path}: format_version {raw.get('format_version')}, this version reads {FORMAT_VERSION}: run `ranker prepare` again")
+        self.manifest = Manifest.model_validate(raw)
+
+    def items(self) -> pa.RecordBatch:
+        """The item table: row = dense item index; columns ``id`` and ``item.NAME``."""
+        return read_arrow(self.root / "items.arrow")
+
+    def histories(self, partition: int) -> pa.RecordBatch:
+        """Columns ``user`` int32 (dense index), ``item`` list<int32>, ``time`` list<int64> (ms), ``event.NAME`` lists, ``user.NAME``."""
+        return read_arrow(partition_dir(self.root, partition) / "histories.arrow")
+
+    def requests(self, partition: int) -> pa.RecordBatch:
+        """Columns ``row`` int32 (row of histories), ``history_end`` int32 (events of that row that lie before the request), ``time``
+        int64 (ms), ``items`` list<int32>, ``request.NAME``, ``candidate.NAME`` lists, ``label.NAME`` list<float32>, ``oracle.NAME`` list<float32>."""
+        return read_arrow(partition_dir(self.root, partition) / "requests.arrow")

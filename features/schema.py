@@ -1,0 +1,210 @@
+"""Typed configuration of a dataset: where the logs are, what their columns mean, how they are split.
+
+This is what the YAML file given to ``ranker prepare`` holds. The result on disk is described by
+:mod:`features.dataset`. Times are milliseconds since 1970 (UTC) everywhere inside; a source says in
+which unit it brings them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Scope = Literal["user", "item", "event", "request", "candidate"]
+Kind = Literal["categorical", "bag", "dense", "vector"]
+TimeUnit = Literal["s", "ms", "us", "ns"]
+Split = Literal["train", "valid", "test"]
+SPLITS: tuple[Split, ...] = ("train", "valid", "test")
+
+
+class Strict(BaseModel):
+    """Base of every config: unknown keys are errors, values are not coerced between kinds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class ColumnConfig(Strict):
+    """One input column (or SQL expression over input columns) and how it becomes numbers."""
+
+    kind: Kind = Field("categorical", description="categorical: one id; bag: list of ids; dense: float; vector: list of floats")
+    source: str | None = Field(None, description="input column or SQL expression over input columns; default: the column's own name")
+    separator: str | None = Field(None, description="bag only: splits a string into its values, e.g. ' ' or ','")
+    edges: list[float] | None = Field(None, description="categorical only: ascending bucket edges for a numeric source")
+    min_count: int = Field(1, ge=1, description="values seen less often in training go to the reserved row 0")
+    transform: Literal["none", "log1p"] = Field("none", description="dense only: applied before storing")
+    default: float | None = Field(None, description="dense only: replaces null; without it null is an error")
+
+    @model_validator(mode="after")
+    def _options_fit_kind(self) -> ColumnConfig:
+        if self.edges is not None and self.kind != "categorical":
+            raise ValueError(f"edges: only a categorical column has edges, this one is {self.kind}")
+        if self.edges is not None and sorted(set(self.edges)) != self.edges:
+            raise ValueError(f"edges: must ascend strictly, got {self.edges}")
+        if self.separator is not None and self.kind != "bag":
+            raise ValueError(f"separator: only a bag column has a separator, this one is {self.kind}")
+        return self
+
+
+class ColumnsConfig(Strict):
+    """Columns by what they belong to. Names are free; they are what model configs refer to."""
+
+    user: dict[str, ColumnConfig] = Field(default_factory=dict, description="attributes of users")
+    item: dict[str, ColumnConfig] = Field(default_factory=dict, description="attributes of items")
+    event: dict[str, ColumnConfig] = Field(default_factory=dict, description="side columns of history events")
+    request: dict[str, ColumnConfig] = Field(default_factory=dict, description="context of a request")
+    candidate: dict[str, ColumnConfig] = Field(
+        default_factory=dict,
+        description="columns of one impression; `time` and `first_seen` (first time the item occurs in any log) may be used",
+    )
+
+
+class TableSource(Strict):
+    """A Parquet file, a folder of them, or a glob, and the names of its key columns."""
+
+    path: Path = Field(description="Parquet file, folder or glob")
+    columns: dict[str, str] = Field(default_factory=dict, description="our name: column name in the file (user, item, time, request, split)")
+    time_unit: TimeUnit = Field("ms", description="unit of an integer time column; timestamp columns need none")
+
+
+class LogsSource(Strict):
+    """The contract itself: events, impressions, items, users from Parquet."""
+
+    type: Literal["logs"] = "logs"
+    events: TableSource | None = None
+    impressions: TableSource | None = None
+    items: TableSource | None = None
+    users: TableSource | None = None
+
+
+class RecBoleSource(Strict):
+    """RecBole's atomic files: tab separated, ``name:type`` headers."""
+
+    type: Literal["recbole"] = "recbole"
+    path: Path = Field(description="folder with NAME.inter and optionally NAME.item, NAME.user")
+    name: str | None = Field(None, description="file stem; default: the folder's name")
+    time: str = Field("timestamp", description="field of .inter with the event's time")
+    time_unit: TimeUnit = "s"
+
+
+class EbnerdSource(Strict):
+    """EB-NeRD: behaviours (in-view articles, clicks) and histories of Ekstra Bladet readers."""
+
+    type: Literal["ebnerd"] = "ebnerd"
+    path: Path = Field(description="folder with behaviors_{train,val}.parquet and history_{train,val}.parquet")
+    conversion_read_s: float = Field(30.0, gt=0, description="a click converts when the article is read at least so long, seconds")
+    train_users: str | None = Field(None, description="SQL condition on user_id that keeps training impressions, e.g. 'user_id % 10 < 6'")
+
+
+class KuaiRandSource(Strict):
+    """KuaiRand exposures: original ``log_standard*.csv`` and/or Parquet parts with the same columns."""
+
+    type: Literal["kuairand"] = "kuairand"
+    path: Path = Field(description="folder with the logs, user_features*.csv and video_features_basic*.csv")
+    train: list[str] = Field(description="file names (globs) of the training logs")
+    test: list[str] = Field(description="file names (globs) of the test logs")
+
+
+class SyntheticSource(Strict):
+    """Generated logs with known probabilities; see :mod:`features.prepare.synthetic` for the model."""
+
+    type: Literal["synthetic"] = "synthetic"
+    seed: int = 0
+    users: int = Field(2_000, ge=1)
+    items: int = Field(5_000, ge=10)
+    events_per_user: int = Field(500, ge=0, description="mean length of a user's history")
+    max_events_per_user: int = Field(20_000, ge=1)
+    requests_per_user: int = Field(10, ge=1)
+    candidates_per_request: int = Field(10, ge=1)
+    topics: int = Field(64, ge=2, description="clusters of the content space")
+    content_dim: int = Field(16, ge=2)
+    interests_per_user: int = Field(6, ge=1)
+    old_interest_share: float = Field(0.5, ge=0, le=1, description="share of interests visible only in the oldest events")
+    old_interest_age: int = Field(300, ge=0, description="old interests leave no event among the newest so many")
+    click_rate: float = Field(0.15, gt=0, lt=1, description="mean click probability aimed at")
+    conversion_rate: float = Field(0.3, gt=0, lt=1, description="mean conversion probability given a click aimed at")
+
+
+Source = Annotated[
+    LogsSource | RecBoleSource | EbnerdSource | KuaiRandSource | SyntheticSource, Field(discriminator="type")
+]
+
+
+class DeriveConfig(Strict):
+    """Impressions from events, for datasets that have none: every chosen event is a request with one candidate."""
+
+    samples: str = Field("true", description="SQL condition over event columns: which events become samples")
+    min_history: int = Field(0, ge=0, description="a sample needs so many events of its user before it (in the order time, file)")
+    last: int | None = Field(None, ge=1, description="only each user's last so many events become samples")
+
+
+class SplitConfig(Strict):
+    """How impressions are divided into train, valid and test."""
+
+    by: Literal["column", "time", "last"] = Field(
+        "column", description="column: the source names the split; time: by instants; last: by each user's last requests"
+    )
+    valid_from: str | None = Field(None, description="by time: ISO instant (UTC) at which validation starts")
+    test_from: str | None = Field(None, description="by time: ISO instant (UTC) at which test starts")
+    valid_last: int = Field(0, ge=0, description="by last: so many of a user's requests before the test ones validate")
+    test_last: int = Field(0, ge=0, description="by last: so many of a user's last requests test")
+    valid_users: float = Field(0.0, ge=0, lt=1, description="by column: share of users (by hash) whose training requests validate")
+    valid_time: float = Field(0.0, ge=0, lt=1, description="by column: share of training requests, the latest, that validate")
+
+    @model_validator(mode="after")
+    def _complete(self) -> SplitConfig:
+        if self.by == "time" and self.test_from is None and self.valid_from is None:
+            raise ValueError("split by time needs test_from or valid_from")
+        if self.by == "last" and self.test_last + self.valid_last == 0:
+            raise ValueError("split by last needs test_last or valid_last")
+        return self
+
+
+class HistoryConfig(Strict):
+    """What a history may contain."""
+
+    label_delay_s: float = Field(0.0, ge=0, description="an event enters histories so many seconds after it happened")
+    freeze: Literal["none", "split"] = Field(
+        "none", description="split: histories end where the split's first request begins (a daily snapshot)"
+    )
+
+
+class CounterConfig(Strict):
+    """Count and smoothed mean, up to just before each impression, of the rows that share its key.
+
+    Makes candidate columns ``NAME_count`` (log1p of the count) and ``NAME_rate``
+    ((sum + smoothing · prior) / (count + smoothing), prior = mean of the value over training rows).
+    """
+
+    name: str
+    key: list[Literal["user", "item"]] = Field(min_length=1)
+    of: Literal["impressions", "events"]
+    value: str = Field(description="SQL expression over the rows counted, e.g. 'click' or 'rating >= 4'")
+    window_s: float | None = Field(None, gt=0, description="only rows of the last so many seconds")
+    delay_s: float = Field(0.0, ge=0, description="rows count only so many seconds after they happened")
+    smoothing: float = Field(20.0, ge=0)
+
+
+class PrepareConfig(Strict):
+    """Everything ``ranker prepare`` needs to turn logs into a dataset folder."""
+
+    name: str = Field(description="name of the dataset")
+    source: Source
+    columns: ColumnsConfig = Field(default_factory=ColumnsConfig)
+    labels: dict[str, str] = Field(
+        default_factory=lambda: {"click": "click"},
+        description="label name: SQL expression over impression (or, derived, event) columns; must give 0 or 1",
+    )
+    derive: DeriveConfig | None = Field(None, description="make impressions from events")
+    split: SplitConfig = Field(default_factory=SplitConfig)
+    history: HistoryConfig = Field(default_factory=HistoryConfig)
+    counters: list[CounterConfig] = Field(default_factory=list)
+    item_min_count: int = Field(1, ge=1, description="items seen less often before the end of training share the reserved row 0")
+    time_range: tuple[str, str] = Field(
+        ("1995-01-01", "2100-01-01"), description="ISO dates between which every time must lie: catches wrong units"
+    )
+    partitions: int | None = Field(None, ge=1, description="number of user-hash partitions; default: from the logs' size")
+    rows_per_partition: int = Field(4_000_000, ge=1_000, description="default partitions are sized to hold about so many rows")
+    memory_limit_gb: float = Field(2.0, gt=0.1, description="memory of the out-of-core engine, GiB")
+    threads: int = Field(2, ge=1)
