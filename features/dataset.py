@@ -26,13 +26,14 @@ from pathlib import Path
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
+from features.errors import UserError
 from features.schema import Kind, Split
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 
 
-class DatasetError(Exception):
+class DatasetError(UserError):
     """A dataset folder that cannot be used; the message says why and what to do."""
 
 
