@@ -1,0 +1,159 @@
+"""Typed configuration of a run: features, tables, blocks, tower, optimisers, training. Each part is read by the code it names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from features.loader import LoaderConfig
+from features.schema import Split, Strict
+
+
+class FeaturesConfig(Strict):
+    """Which columns of the dataset the model reads, and where. Names are those of the dataset (`ranker prepare` config)."""
+
+    request: list[str] = Field(
+        default_factory=list, description="pooled once per request: `user` (the id), `user.NAME`, `request.NAME` (categorical or bag)"
+    )
+    candidate: list[str] = Field(
+        default_factory=lambda: ["item"], description="pooled once per candidate: `item` (the id), `item.NAME`, `candidate.NAME`"
+    )
+    dense: list[str] = Field(
+        default_factory=list, description="floats, standardised: `user.NAME`, `request.NAME`, `item.NAME`, `candidate.NAME`"
+    )
+    sequence: list[str] = Field(
+        default_factory=lambda: ["item"],
+        description="ids of history and candidates that share a table: `item`, `item.NAME` (categorical); concatenated",
+    )
+    event: list[str] = Field(default_factory=list, description="ids of history events only: `event.NAME`; added to the event")
+    event_dense: list[str] = Field(default_factory=list, description="floats of history events: `event.NAME`; projected and added")
+
+
+class TablesConfig(Strict):
+    """Embedding tables and how TorchRec may shard them."""
+
+    dim: int = Field(16, ge=4, multiple_of=4, description="embedding width")
+    dims: dict[str, int] = Field(default_factory=dict, description="other widths by feature, pooled features only")
+    init_scale: float = Field(0.01, gt=0, description="tables start uniform in ± this")
+    optimizer: Literal["rowwise_adagrad", "adagrad", "sgd"] = "rowwise_adagrad"
+    lr: float = Field(0.05, gt=0)
+    eps: float = Field(1e-8, gt=0)
+    pooled_sharding: list[Literal["table_wise", "column_wise", "row_wise", "table_row_wise"]] = Field(
+        default_factory=lambda: ["table_wise", "column_wise"], description="allowed for pooled tables"
+    )
+    sequence_sharding: list[Literal["table_wise", "column_wise", "row_wise"]] = Field(
+        default_factory=lambda: ["table_wise", "row_wise"], description="allowed for sequence tables"
+    )
+
+
+class DinConfig(Strict):
+    """DIN on the short history."""
+
+    length: int = Field(50, ge=0, description="latest events; 0: all")
+    hidden: list[int] = Field(default_factory=lambda: [64], min_length=1)
+    softmax: bool = False
+    age_buckets: int = Field(0, ge=0)
+
+
+class MeanConfig(Strict):
+    """Mean pooling."""
+
+    type: Literal["mean"] = "mean"
+    length: int = Field(0, ge=0, description="latest events; 0: all")
+
+
+class TargetAttentionConfig(Strict):
+    """Full-length multi-head target attention."""
+
+    type: Literal["target_attention"] = "target_attention"
+    length: int = Field(0, ge=0, description="latest events; 0: all")
+    heads: int = Field(2, ge=1)
+    head_dim: int = Field(16, ge=1)
+    age_buckets: int = Field(32, ge=0)
+
+
+LongConfig = Annotated[MeanConfig | TargetAttentionConfig, Field(discriminator="type")]
+
+
+class TowerConfig(Strict):
+    """From features to logits."""
+
+    type: Literal["mlp", "mmoe"] = "mlp"
+    hidden: list[int] = Field(default_factory=lambda: [128, 64], min_length=1)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    experts: int = Field(4, ge=2, description="mmoe only")
+    target: bool = Field(True, description="feed the candidate's sequence embedding too")
+
+
+class ModelConfig(Strict):
+    """The ranker: DIN on the short history and any number of long-sequence blocks beside it."""
+
+    short: DinConfig | None = Field(default_factory=DinConfig)
+    long: list[LongConfig] = Field(default_factory=list)
+    tower: TowerConfig = Field(default_factory=TowerConfig)
+
+
+class TasksConfig(Strict):
+    """Which labels of the dataset are learned."""
+
+    click: str = Field("click", description="label of CTR")
+    conversion: str | None = Field(None, description="label of CVR, counted on clicks; none: CTR only")
+    conversion_weight: float = Field(1.0, ge=0, description="weight of the CTCVR loss")
+
+
+class OptimizerConfig(Strict):
+    """Adam for dense parameters."""
+
+    lr: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    clip_norm: float = Field(10.0, gt=0, description="gradient norm of the dense parameters")
+    warmup_steps: int = Field(0, ge=0, description="linear warm-up of the dense learning rate")
+
+
+class TrainingConfig(Strict):
+    """How long, how often, when to stop."""
+
+    epochs: int = Field(1, ge=1)
+    max_steps: int | None = Field(None, ge=1)
+    splits: list[Split] = Field(default_factory=lambda: ["train"], min_length=1, description="splits that train")
+    validate_every: int | None = Field(None, ge=1, description="steps between validations; default: each epoch's end")
+    validation_split: Split | None = Field("valid", description="none: no validation, no early stopping")
+    monitor: Literal["auc", "uauc", "logloss", "ne"] = Field("auc", description="CTR metric that early stopping watches")
+    patience: int | None = Field(None, ge=1, description="stop after so many validations without gain; none: never")
+    checkpoint_every: int | None = Field(None, ge=1, description="steps between checkpoints; default: each epoch's end")
+    keep_checkpoints: int = Field(2, ge=1)
+    log_every: int = Field(50, ge=1)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = Field(None, ge=1, description="CPU threads of each rank; default: cores / ranks on the machine")
+
+    @model_validator(mode="after")
+    def _early_stopping_needs_validation(self) -> TrainingConfig:
+        if self.validation_split in self.splits:
+            if self.patience is not None:
+                raise ValueError(f"patience: the validation split {self.validation_split!r} is trained on; remove it from splits")
+        return self
+
+
+class TrainConfig(Strict):
+    """Everything ``ranker train`` needs."""
+
+    name: str
+    dataset: Path = Field(description="folder made by `ranker prepare`")
+    seed: int = 0
+    features: FeaturesConfig = Field(default_factory=FeaturesConfig)
+    tables: TablesConfig = Field(default_factory=TablesConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    tasks: TasksConfig = Field(default_factory=TasksConfig)
+    loader: LoaderConfig = Field(default_factory=LoaderConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+
+    @property
+    def history_length(self) -> int:
+        """Events of a history that some block reads; 0: all."""
+        lengths = [block.length for block in self.model.long]
+        if self.model.short is not None:
+            lengths.append(self.model.short.length)
+        return 0 if 0 in lengths else max(lengths, default=1)

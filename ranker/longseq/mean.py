@@ -1,0 +1,36 @@
+"""Mean pooling: the memory is the mean of the events, the same for every candidate. The cheapest compressor."""
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from ranker.longseq.protocol import History, Probes, Target, latest
+from ranker.ops.jagged import segments_of, window_mean
+
+
+class MeanMemory(NamedTuple):
+    """mean: `[R, d]`, zero for an empty history."""
+
+    mean: Tensor
+
+
+class MeanPooling(nn.Module):
+    """Mean of the latest `length` events (0: all)."""
+
+    def __init__(self, dim: int, length: int = 0) -> None:
+        super().__init__()
+        self.out_dim = dim
+        self.length = length
+
+    def encode(self, history: History, probes: Probes) -> MeanMemory:
+        """O(T + R): requests that share a row share its running sum."""
+        history = latest(history, self.length)
+        return MeanMemory(window_mean(history.x, history.start, history.end))
+
+    def read(self, memory: MeanMemory, target: Target) -> Tensor:
+        """`[N, d]`: the request's mean."""
+        return memory.mean[segments_of(target.offsets)]
+
+    def forward(self, history: History, probes: Probes, target: Target) -> Tensor:
+        """`encode` and `read` in one: `[N, out_dim]`."""
+        return self.read(self.encode(history, probes), target)

@@ -1,0 +1,68 @@
+"""The one protocol of every long-sequence method: `encode` a history once per request, `read` once per candidate.
+
+What `encode` may know is the history and the probes; what it returns, the memory, is what a store keeps, so that offline and
+online are one code path. A method is a compressor if the cost of `read` does not grow with the history's length.
+
+Symbols: R requests, N candidates of all requests, T events of all distinct histories, d width.
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class History(NamedTuple):
+    """Histories of a batch of requests. Requests of one user share the events of one row.
+
+    x: `[T, d]` events, distinct histories one after another, each sorted by time.
+    time: `[T]` int64, milliseconds.
+    start, end: `[R]` int64; request r has the events ``[start[r], end[r])``, all strictly before it.
+    now: `[R]` int64, the requests' times in milliseconds.
+    """
+
+    x: Tensor
+    time: Tensor
+    start: Tensor
+    end: Tensor
+    now: Tensor
+
+
+class Probes(NamedTuple):
+    """The distinct target groups a request asks about; empty for methods that need none.
+
+    code: `[Q]` int64 group; request: `[Q]` int64, ascending.
+    """
+
+    code: Tensor
+    request: Tensor
+
+
+class Target(NamedTuple):
+    """Candidates. x: `[N, d]`; offsets: `[R + 1]` int64, the candidates of request r are ``offsets[r] : offsets[r + 1]``."""
+
+    x: Tensor
+    offsets: Tensor
+
+
+class LongSequence(Protocol):
+    """What a long-sequence block offers. Implementations are scriptable ``nn.Module``s whose memory is a NamedTuple of tensors."""
+
+    out_dim: int
+
+    def encode(self, history: History, probes: Probes) -> Any:
+        """The memory of each request (or of each of its probes)."""
+        ...
+
+    def read(self, memory: Any, target: Target) -> Tensor:
+        """What each candidate finds in its request's memory: `[N, out_dim]`."""
+        ...
+
+
+def latest(history: History, length: int) -> History:
+    """The same histories cut to each request's latest `length` events; 0 leaves them whole. No copy."""
+    if length == 0:
+        return history
+    return History(
+        history.x, history.time, torch.maximum(history.start, history.end - length), history.end, history.now
+    )

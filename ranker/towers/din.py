@@ -1,0 +1,59 @@
+"""Deep Interest Network's local activation unit on the latest events (Zhou et al. 2018, arXiv:1706.06978).
+
+The weight of event i for target t is ``MLP([e_t; e_i; e_t − e_i; e_t ⊙ e_i])``, the output ``Σ_i weight_i e_i``. The first
+layer is linear, so it is split by its four inputs: what depends on the target alone or on the event alone is multiplied
+once per candidate or once per event, and only ``e_t ⊙ e_i`` is paid for each pair. Pairs are jagged, never padded.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ranker.longseq.protocol import History, Target, latest
+from ranker.ops.jagged import expand_windows, log_bucket, segment_softmax, segment_sum, segments_of
+
+
+class DIN(nn.Module):
+    """DIN over the latest `length` events of each request (0: all of them).
+
+    Args:
+        dim: width of events and candidates; the output's too.
+        hidden: widths of the activation unit's hidden layers, at least one.
+        softmax: normalise the weights over the events (the paper does not).
+        age_buckets: buckets of log2(age in seconds) with a learned term in the first hidden layer; 0 for none.
+    """
+
+    def __init__(self, dim: int, hidden: list[int], length: int = 50, softmax: bool = False, age_buckets: int = 0) -> None:
+        super().__init__()
+        self.out_dim, self.length, self.softmax, self.age_buckets = dim, length, softmax, age_buckets
+        width = hidden[0]
+        bound = 1.0 / math.sqrt(4 * dim)
+        self.w_target = nn.Parameter(torch.empty(dim, width).uniform_(-bound, bound))
+        self.w_event = nn.Parameter(torch.empty(dim, width).uniform_(-bound, bound))
+        self.w_difference = nn.Parameter(torch.empty(dim, width).uniform_(-bound, bound))
+        self.w_product = nn.Parameter(torch.empty(dim, width).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(width))
+        self.age = nn.Parameter(torch.zeros(max(age_buckets, 1), width))
+        layers: list[nn.Module] = [nn.PReLU()]
+        for a, b in zip(hidden, hidden[1:], strict=False):
+            layers += [nn.Linear(a, b), nn.PReLU()]
+        self.rest = nn.Sequential(*layers, nn.Linear(hidden[-1], 1))
+
+    def forward(self, history: History, target: Target) -> Tensor:
+        """`[N, dim]`; zero for an empty history."""
+        history = latest(history, self.length)
+        candidates = target.x.size(0)
+        request = segments_of(target.offsets)
+        event, candidate = expand_windows(history.start[request], history.end[request])  # [P] pairs
+        of_target = target.x @ (self.w_target + self.w_difference) + self.bias
+        of_event = history.x @ (self.w_event - self.w_difference)
+        x = history.x[event]
+        hidden = of_target[candidate] + of_event[event] + (target.x[candidate] * x) @ self.w_product
+        if self.age_buckets > 0:
+            age_s = (history.now[request[candidate]] - history.time[event]) // 1000
+            hidden = hidden + self.age[log_bucket(age_s, self.age_buckets)]
+        weight = self.rest(hidden)  # [P, 1]
+        if self.softmax:
+            weight = segment_softmax(weight, candidate, candidates)
+        return segment_sum(weight * x, candidate, candidates)
