@@ -9,26 +9,7 @@ from pydantic import Field, model_validator
 
 from features.loader import LoaderConfig
 from features.schema import Split, Strict
-
-
-class FeaturesConfig(Strict):
-    """Which columns of the dataset the model reads, and where. Names are those of the dataset (`ranker prepare` config)."""
-
-    request: list[str] = Field(
-        default_factory=list, description="pooled once per request: `user` (the id), `user.NAME`, `request.NAME` (categorical or bag)"
-    )
-    candidate: list[str] = Field(
-        default_factory=lambda: ["item"], description="pooled once per candidate: `item` (the id), `item.NAME`, `candidate.NAME`"
-    )
-    dense: list[str] = Field(
-        default_factory=list, description="floats, standardised: `user.NAME`, `request.NAME`, `item.NAME`, `candidate.NAME`"
-    )
-    sequence: list[str] = Field(
-        default_factory=lambda: ["item"],
-        description="ids of history and candidates that share a table: `item`, `item.NAME` (categorical); concatenated",
-    )
-    event: list[str] = Field(default_factory=list, description="ids of history events only: `event.NAME`; added to the event")
-    event_dense: list[str] = Field(default_factory=list, description="floats of history events: `event.NAME`; projected and added")
+from features.selection import FeaturesConfig
 
 
 class TablesConfig(Strict):

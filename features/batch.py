@@ -1,0 +1,86 @@
+"""The training example: a batch of requests, each with one history and many candidates.
+
+Symbols: R requests, N candidates, H distinct histories, T events of them all.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from features.selection import Feature, FeatureSpec
+
+
+class RequestBatch(NamedTuple):
+    """A batch of requests as TorchRec reads it.
+
+    request: ids at stride R. candidate: ids at stride N.
+    sequence: at stride R, keys ``history:NAME`` (row h holds distinct history h, h < H ≤ R; the rest are empty) and
+        ``candidate:NAME`` (row r holds the candidates of request r), so that both share one table and one look-up.
+    request_dense `[R, ·]`, candidate_dense `[N, ·]`, event_dense `[T, ·]`: float32.
+    event_time `[T]`, now `[R]`: int64 milliseconds.
+    start, end: `[R]` int64, request r's events are ``[start[r], end[r])`` of T.
+    offsets: `[R + 1]` int64, request r's candidates.
+    labels: `[N, tasks]` float32.
+    user `[R]`, item `[N]`, history_length `[R]` (events before the request, uncut), oracles `[N, ·]`: for evaluation only.
+    """
+
+    request: KeyedJaggedTensor
+    candidate: KeyedJaggedTensor
+    sequence: KeyedJaggedTensor
+    request_dense: Tensor
+    candidate_dense: Tensor
+    event_dense: Tensor
+    event_time: Tensor
+    now: Tensor
+    start: Tensor
+    end: Tensor
+    offsets: Tensor
+    labels: Tensor
+    user: Tensor
+    item: Tensor
+    history_length: Tensor
+    oracles: Tensor
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> RequestBatch:
+        """The same batch on `device`."""
+        return RequestBatch(*(x.to(device, non_blocking=non_blocking) for x in self))
+
+    @property
+    def requests(self) -> int:
+        """R."""
+        return self.start.numel()
+
+    @property
+    def candidates(self) -> int:
+        """N."""
+        return self.labels.size(0)
+
+
+def sequence_keys(spec: FeatureSpec) -> list[str]:
+    """Keys of the `sequence` KeyedJaggedTensor in their order."""
+    history = [f"history:{f.name}" for f in (*spec.sequence, *spec.event)]
+    return history + [f"candidate:{f.name}" for f in spec.sequence]
+
+
+def names(features: tuple[Feature, ...]) -> list[str]:
+    """The features' names, the keys of a pooled KeyedJaggedTensor."""
+    return [f.name for f in features]
+
+
+def from_tensors(spec: FeatureSpec, tensors: dict[str, Tensor]) -> RequestBatch:
+    """A batch from plain tensors by name: the keyed tensors as ``KEY.values``, ``KEY.lengths``, the others as their field."""
+
+    def keyed(field: str, keys: list[str]) -> KeyedJaggedTensor:
+        return KeyedJaggedTensor(keys=keys, values=tensors[f"{field}.values"], lengths=tensors[f"{field}.lengths"])
+
+    plain = {name: tensors[name] for name in RequestBatch._fields if name not in ("request", "candidate", "sequence")}
+    return RequestBatch(
+        request=keyed("request", names(spec.request)),
+        candidate=keyed("candidate", names(spec.candidate)),
+        sequence=keyed("sequence", sequence_keys(spec)),
+        **plain,
+    )

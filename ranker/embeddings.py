@@ -1,0 +1,101 @@
+"""The sparse part: every id table of the ranker, as TorchRec modules that the planner shards.
+
+Pooled features go through EmbeddingBagCollections, at request stride and at candidate stride; ids that are read one by one go
+through one EmbeddingCollection, whose tables history and candidates share, in one look-up.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig, PoolingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from features.selection import Feature, FeatureSpec
+from ranker.config import TablesConfig
+
+
+class Embedded(NamedTuple):
+    """request `[R, ·]` and candidate `[N, ·]`: pooled features side by side. event `[T, d]`, target `[N, d]`: d = the shared
+    sequence features side by side; an event has its event-only ids added."""
+
+    request: Tensor
+    candidate: Tensor
+    event: Tensor
+    target: Tensor
+
+
+class Tables(nn.Module):
+    """All embedding tables. Table names are ``request.NAME``, ``candidate.NAME`` and ``sequence.NAME``."""
+
+    def __init__(self, spec: FeatureSpec, config: TablesConfig, device: torch.device | None = None) -> None:
+        super().__init__()
+        start = partial(nn.init.uniform_, a=-config.init_scale, b=config.init_scale)
+        width = {f.name: config.dims.get(f.name, config.dim) for f in (*spec.request, *spec.candidate)}
+        self.dim = config.dim * len(spec.sequence)
+        self.request_width = sum(width[f.name] for f in spec.request)
+        self.candidate_width = sum(width[f.name] for f in spec.candidate)
+        self.shared = [f.name for f in spec.sequence]
+        self.added = [f.name for f in spec.event]
+
+        def bags(place: str, features: tuple[Feature, ...]) -> EmbeddingBagCollection | None:
+            tables = [
+                EmbeddingBagConfig(
+                    name=f"{place}.{f.name}".replace(".", "_"),
+                    num_embeddings=f.size,
+                    embedding_dim=width[f.name],
+                    feature_names=[f.name],
+                    pooling=PoolingType.MEAN if f.kind == "bag" else PoolingType.SUM,
+                    init_fn=start,
+                )
+                for f in features
+            ]
+            return EmbeddingBagCollection(tables=tables, device=device) if tables else None
+
+        self.request = bags("request", spec.request)
+        self.candidate = bags("candidate", spec.candidate)
+        shared = [
+            EmbeddingConfig(
+                name=f"sequence.{f.name}".replace(".", "_"),
+                num_embeddings=f.size,
+                embedding_dim=config.dim,
+                feature_names=[f"history:{f.name}", f"candidate:{f.name}"],
+                init_fn=start,
+            )
+            for f in spec.sequence
+        ]
+        added = [
+            EmbeddingConfig(
+                name=f"sequence.{f.name}".replace(".", "_"),
+                num_embeddings=f.size,
+                embedding_dim=self.dim,
+                feature_names=[f"history:{f.name}"],
+                init_fn=start,
+            )
+            for f in spec.event
+        ]
+        self.sequence = EmbeddingCollection(tables=shared, device=device)
+        # an EmbeddingCollection holds tables of one width
+        self.events = EmbeddingCollection(tables=added, device=device) if added else None
+        self._history_keys = [f"history:{name}" for name in self.shared]
+        self._target_keys = [f"candidate:{name}" for name in self.shared]
+        self._event_keys = [f"history:{name}" for name in self.added]
+
+    def forward(self, request: KeyedJaggedTensor, candidate: KeyedJaggedTensor, sequence: KeyedJaggedTensor) -> Embedded:
+        """Look everything up. See :class:`features.batch.RequestBatch` for strides."""
+        empty = torch.zeros([request.stride(), 0], device=sequence.values().device)
+        of_request = empty if self.request is None else self.request(request).values()
+        empty = torch.zeros([candidate.stride(), 0], device=sequence.values().device)
+        of_candidate = empty if self.candidate is None else self.candidate(candidate).values()
+        looked_up = self.sequence(sequence)
+        event = torch.cat([looked_up[key].values() for key in self._history_keys], 1)
+        target = torch.cat([looked_up[key].values() for key in self._target_keys], 1)
+        if self.events is not None:
+            added = self.events(sequence)
+            for key in self._event_keys:
+                event = event + added[key].values()
+        return Embedded(of_request, of_candidate, event, target)

@@ -1,0 +1,125 @@
+"""The ranker: tables, DIN on the short history, long-sequence blocks, tower. One forward pass scores R requests × their candidates."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from features.batch import RequestBatch
+from features.selection import FeatureSpec
+from ranker.config import LongConfig, MeanConfig, TrainConfig
+from ranker.embeddings import Embedded, Tables
+from ranker.longseq import History, MeanPooling, Probes, Target, TargetAttention
+from ranker.ops.jagged import segments_of
+from ranker.towers import DIN, MLP, MMoE
+
+Moments = dict[str, tuple[float, float]]
+
+
+class Plain(NamedTuple):
+    """What the dense part reads beside embeddings; fields as in :class:`features.batch.RequestBatch`."""
+
+    request_dense: Tensor
+    candidate_dense: Tensor
+    event_dense: Tensor
+    event_time: Tensor
+    now: Tensor
+    start: Tensor
+    end: Tensor
+    offsets: Tensor
+
+
+class Standardise(nn.Module):
+    """(x − mean) / deviation, by column, clipped to ±5 so that a rare outlier does not rule the step."""
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, names: list[str], moments: Moments) -> None:
+        super().__init__()
+        known = [moments.get(name, (0.0, 1.0)) for name in names]
+        self.register_buffer("mean", torch.tensor([m for m, _ in known]).float())
+        self.register_buffer("deviation", torch.tensor([s for _, s in known]).float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[·, features]` in and out."""
+        return ((x - self.mean) / self.deviation).clamp(-5, 5)
+
+
+def long_block(config: LongConfig, dim: int) -> nn.Module:
+    """The long-sequence block that a config names."""
+    if isinstance(config, MeanConfig):
+        return MeanPooling(dim, config.length)
+    return TargetAttention(dim, config.heads, config.head_dim, config.length, config.age_buckets)
+
+
+class Dense(nn.Module):
+    """Everything but the tables: scriptable, and the same in training, evaluation and export."""
+
+    def __init__(self, spec: FeatureSpec, config: TrainConfig, tables: Tables, moments: Moments) -> None:
+        super().__init__()
+        dim = tables.dim
+        self.of_request = Standardise([f.name for f in spec.request_dense], moments)
+        self.of_candidate = Standardise([f.name for f in spec.candidate_dense], moments)
+        self.of_event = Standardise([f.name for f in spec.event_dense], moments)
+        self.event_projection = nn.Linear(len(spec.event_dense), dim) if spec.event_dense else None
+        short = config.model.short
+        self.short = DIN(dim, short.hidden, short.length, short.softmax, short.age_buckets) if short else None
+        self.long = nn.ModuleList([long_block(block, dim) for block in config.model.long])
+        tower = config.model.tower
+        self.target_in_tower = tower.target
+        inputs = tables.request_width + tables.candidate_width + len(spec.request_dense) + len(spec.candidate_dense)
+        inputs += dim * (int(tower.target) + int(short is not None)) + sum(block.out_dim for block in self.long)  # type: ignore[misc]
+        tasks = 1 if config.tasks.conversion is None else 2
+        self.tower = (
+            MLP(inputs, tower.hidden, tasks, tower.dropout)
+            if tower.type == "mlp"
+            else MMoE(inputs, tower.hidden, tasks, tower.dropout, tower.experts)
+        )
+
+    def forward(self, embedded: Embedded, plain: Plain) -> Tensor:
+        """Logits `[N, tasks]`: click, and conversion given a click."""
+        x = embedded.event
+        if self.event_projection is not None:
+            x = x + self.event_projection(self.of_event(plain.event_dense))
+        history = History(x, plain.event_time, plain.start, plain.end, plain.now)
+        target = Target(embedded.target, plain.offsets)
+        none = torch.zeros([0], dtype=torch.int64, device=x.device)
+        probes = Probes(none, none)
+        request = segments_of(plain.offsets)
+        per_request = torch.cat([embedded.request, self.of_request(plain.request_dense)], 1)
+        parts = [per_request[request], embedded.candidate, self.of_candidate(plain.candidate_dense)]
+        if self.target_in_tower:
+            parts.append(target.x)
+        if self.short is not None:
+            parts.append(self.short(history, target))
+        for block in self.long:
+            parts.append(block(history, probes, target))
+        return self.tower(torch.cat(parts, 1))
+
+
+class Ranker(nn.Module):
+    """Tables and dense part together, from a :class:`RequestBatch` to logits `[N, tasks]`.
+
+    Args:
+        moments: mean and deviation of dense features, kept with the model's state.
+        device: of the tables; ``meta`` when TorchRec is to shard them.
+    """
+
+    def __init__(
+        self, spec: FeatureSpec, config: TrainConfig, moments: Moments, device: torch.device | None = None
+    ) -> None:
+        super().__init__()
+        self.tables = Tables(spec, config.tables, device)
+        self.dense = Dense(spec, config, self.tables, moments)
+
+    def forward(self, batch: RequestBatch) -> Tensor:
+        """Logits `[N, tasks]`."""
+        embedded = self.tables(batch.request, batch.candidate, batch.sequence)
+        plain = Plain(
+            batch.request_dense, batch.candidate_dense, batch.event_dense, batch.event_time,
+            batch.now, batch.start, batch.end, batch.offsets,
+        )  # fmt: skip
+        return self.dense(embedded, plain)

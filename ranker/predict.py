@@ -1,0 +1,66 @@
+"""Score a split: model and loader in, one row an impression out."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+from features.dataset import Dataset
+from features.errors import UserError
+from features.loader import Loader, Selection
+from features.selection import FeatureSpec
+from ranker.config import TrainConfig
+from ranker.metrics import Predictions, gather_predictions
+from ranker.progress import Progress
+from ranker.ranks import Ranks
+from ranker.towers import esmm_probabilities
+
+
+def selection_of(config: TrainConfig, dataset: Dataset, spec: FeatureSpec) -> Selection:
+    """What a run reads of its dataset; true probabilities too where every task has them.
+
+    Raises:
+        UserError: a task's label is not in the dataset.
+    """
+    labels = [config.tasks.click] + ([config.tasks.conversion] if config.tasks.conversion else [])
+    for key, label in zip(("click", "conversion"), labels, strict=False):
+        if label not in dataset.manifest.labels:
+            raise UserError(f"tasks.{key}: {label!r} is not a label of {dataset.root}; it has {', '.join(dataset.manifest.labels)}")
+    oracles = tuple(labels) if set(labels) <= set(dataset.manifest.oracles) else ()
+    return Selection(spec, tuple(labels), config.history_length, oracles)
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module, loader: Loader, config: TrainConfig, ranks: Ranks, what: str = "score"
+) -> Predictions | None:
+    """All ranks' scored impressions on rank 0, None on the others."""
+    model.eval()
+    parts: list[Predictions] = []
+    requests = 0
+    two = config.tasks.conversion is not None
+    with Progress(what, loader.steps(), ranks.first) as progress:
+        for batch in loader.batches():
+            p = esmm_probabilities(model(batch.to(ranks.device)).double()).cpu().numpy()
+            per_request = (batch.offsets[1:] - batch.offsets[:-1]).numpy()
+            request = np.repeat(np.arange(batch.requests) + requests, per_request)
+            requests += batch.requests
+            labels, oracles = batch.labels.numpy(), batch.oracles.numpy().astype(np.float64)
+            parts.append(
+                Predictions(
+                    user=np.repeat(batch.user.numpy(), per_request),
+                    item=batch.item.numpy(),
+                    history_length=np.repeat(batch.history_length.numpy(), per_request),
+                    request=request * ranks.world + ranks.rank,
+                    click=labels[:, 0],
+                    conversion=labels[:, 1] * labels[:, 0] if two else None,
+                    p_ctr=p[:, 0],
+                    p_ctcvr=p[:, 1] if two else None,
+                    p_cvr=p[:, 2] if two else None,
+                    oracle_click=oracles[:, 0] if oracles.shape[1] else None,
+                    oracle_conversion=oracles[:, 1] if oracles.shape[1] > 1 else None,
+                )
+            )
+            progress.advance()
+    return gather_predictions(Predictions.concat(parts))

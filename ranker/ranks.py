@@ -1,0 +1,66 @@
+"""The ranks of a run: one process or many, the same code. Started by torchrun (`torchx run dist.ddp`) or by hand."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others, and its device."""
+
+    rank: int
+    world: int
+    local_world: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank writes logs, files and tables."""
+        return self.rank == 0
+
+    def total(self, value: float) -> float:
+        """The sum of `value` over ranks."""
+        if self.world == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(tensor)
+        return float(tensor)
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.world > 1:
+            dist.barrier()
+
+
+@contextmanager
+def join_ranks(device: str = "auto", threads: int | None = None) -> Iterator[Ranks]:
+    """Join the process group that the environment describes, or make one of this process alone; leave it at the end.
+
+    Args:
+        device: auto, cpu or cuda.
+        threads: CPU threads of this process; default: the machine's cores divided by its ranks.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(where)
+    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_world))
+    backend = "cuda:nccl,cpu:gloo" if cuda else "gloo"
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield Ranks(rank, world, local_world, where)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,114 @@
+"""Place the tables on ranks with TorchRec's planner, and put the optimisers where they belong.
+
+Table optimisers run in the backward pass, fused with the gradient; dense parameters are averaged over ranks and stepped by Adam.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.distributed.planner.types import ParameterConstraints
+from torchrec.distributed.types import ModuleSharder, ShardingEnv, ShardingPlan
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
+from torchrec.optim.optimizers import in_backward_optimizer_filter
+from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
+
+from features.errors import UserError
+from ranker.config import OptimizerConfig, TablesConfig
+from ranker.model import Ranker
+from ranker.ranks import Ranks
+
+_SPARSE: dict[str, type[torch.optim.Optimizer]] = {
+    "rowwise_adagrad": RowWiseAdagrad,
+    "adagrad": torch.optim.Adagrad,
+    "sgd": torch.optim.SGD,
+}
+
+
+class ShardingError(UserError):
+    """The planner could not place a table."""
+
+
+def table_names(model: nn.Module) -> dict[str, str]:
+    """Every table of a model and the kind of its module: ``pooled`` or ``sequence``."""
+    names: dict[str, str] = {}
+    for module in model.modules():
+        if isinstance(module, EmbeddingBagCollection):
+            names.update({c.name: "pooled" for c in module.embedding_bag_configs()})
+        elif isinstance(module, EmbeddingCollection):
+            names.update({c.name: "sequence" for c in module.embedding_configs()})
+    return names
+
+
+def shard(model: Ranker, config: TablesConfig, ranks: Ranks) -> tuple[DistributedModelParallel, ShardingPlan]:
+    """Shard the tables and replicate the dense part.
+
+    Every rank plans for itself (a failing planner on one rank would otherwise hang the others), and the plans are compared.
+
+    Raises:
+        ShardingError: a table has no place, or the ranks disagree.
+    """
+    arguments: dict[str, float] = {"lr": config.lr}
+    if config.optimizer != "sgd":
+        arguments["eps"] = config.eps
+    apply_optimizer_in_backward(_SPARSE[config.optimizer], model.tables.parameters(), arguments)
+    tables = table_names(model)
+    allowed = {"pooled": config.pooled_sharding, "sequence": config.sequence_sharding}
+    constraints = {
+        name: ParameterConstraints(sharding_types=list(allowed[kind]), compute_kernels=["fused"])
+        for name, kind in tables.items()
+    }
+    planner = EmbeddingShardingPlanner(
+        topology=Topology(
+            world_size=ranks.world, local_world_size=ranks.local_world, compute_device=ranks.device.type
+        ),
+        constraints=constraints,
+    )
+    sharders: list[ModuleSharder[nn.Module]] = [EmbeddingBagCollectionSharder(), EmbeddingCollectionSharder()]  # type: ignore[list-item]
+    try:
+        plan = planner.plan(model, sharders)
+    except Exception as error:
+        raise ShardingError(
+            f"no place for the tables under tables.pooled_sharding={config.pooled_sharding}, "
+            f"tables.sequence_sharding={config.sequence_sharding}: {error}"
+        ) from error
+    planned = {name for module in plan.plan.values() for name in module}  # type: ignore[union-attr,attr-defined]
+    if missing := sorted(set(tables) - planned):
+        raise ShardingError(f"the plan leaves out {', '.join(missing)}; widen tables.pooled_sharding or tables.sequence_sharding")
+    if ranks.world > 1:
+        plans: list[str | None] = [None] * ranks.world
+        dist.all_gather_object(plans, str(plan))
+        if len(set(plans)) > 1:
+            raise ShardingError("ranks made different plans: are versions and configs the same on every machine?")
+    group = dist.group.WORLD
+    assert group is not None
+    sharded = DistributedModelParallel(
+        model, env=ShardingEnv.from_process_group(group), device=ranks.device, plan=plan, sharders=sharders
+    )
+    return sharded, plan
+
+
+def describe_plan(plan: ShardingPlan) -> list[tuple[str, str, str, str]]:
+    """Rows of the plan: table, sharding, kernel, ranks."""
+    rows: list[tuple[str, str, str, str]] = []
+    for module in plan.plan.values():
+        for name, sharding in module.items():  # type: ignore[attr-defined]
+            where = ",".join(str(r) for r in sharding.ranks or [])
+            rows.append((name, sharding.sharding_type, sharding.compute_kernel, where))
+    return sorted(rows)
+
+
+def optimizer_of(model: DistributedModelParallel, config: OptimizerConfig) -> tuple[CombinedOptimizer, KeyedOptimizerWrapper]:
+    """All optimisers together (for checkpoints and steps), and the dense one among them (for its learning rate)."""
+    dense = KeyedOptimizerWrapper(
+        dict(in_backward_optimizer_filter(model.named_parameters())),
+        lambda parameters: torch.optim.Adam(parameters, lr=config.lr, weight_decay=config.weight_decay),
+    )
+    return CombinedOptimizer([model.fused_optimizer, dense]), dense
