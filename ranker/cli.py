@@ -1,0 +1,191 @@
+"""The command line: every command reads a config or a run, does one thing, and says what it did.
+
+A command imports what it needs when it runs, so that help and `ranker doctor` are quick and work when torch does not.
+What the user can put right is printed as one message, with exit code 2; `RANKER_TRACEBACK=1` shows where it came from.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from features.errors import UserError
+from features.schema import Split
+from ranker.doctor import ensure_healthy, ensure_versions
+from ranker.doctor_probe import probe_apart
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from features.dataset import Manifest
+
+app = typer.Typer(
+    name="ranker",
+    help="Logs to a trained, measured, exported ranker with ultra-long user histories.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; `ranker schema` lists its keys")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="folder made by `ranker train`")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="change one key: model.short.length=50 (repeatable)"),
+]
+
+
+@app.command()
+def doctor() -> None:
+    """Check that torch, TorchRec and FBGEMM fit, load and train; show the devices; name the remedy if not."""
+    from ranker.doctor import diagnose
+
+    checks = diagnose()
+    colours = {"ok": "green", "warn": "yellow", "fail": "red"}
+    table = Table("check", "", "found")
+    for check in checks:
+        table.add_row(check.name, f"[{colours[check.status]}]{check.status}[/]", escape(check.found))
+    console = Console()
+    console.print(table)
+    for check in checks:
+        if check.remedy:
+            console.print(f"[bold]{check.name}[/]: run")
+            console.print(f"  {check.remedy}", markup=False, highlight=False, soft_wrap=True)
+    if any(check.status == "fail" for check in checks):
+        raise typer.Exit(1)
+
+
+@app.command()
+def prepare(
+    config: ConfigPath,
+    out: Annotated[Path, typer.Option(help="dataset folder to make")],
+    set_: Overrides = None,
+) -> None:
+    """Turn logs into a dataset folder: time-sorted histories, requests, items, vocabularies, manifest."""
+    from features.config_file import load_config
+    from features.prepare import prepare as run
+    from features.schema import PrepareConfig
+
+    manifest = run(load_config(config, PrepareConfig, set_ or ()), out)
+    _print_manifest(manifest, out)
+
+
+@app.command()
+def train(
+    config: ConfigPath,
+    out: Annotated[Path, typer.Option(help="run folder to make")],
+    set_: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the run's last checkpoint")] = False,
+) -> None:
+    """Train a ranker on a prepared dataset, in one process. For many: torchrun or torchx with `-m ranker.train`."""
+    ensure_versions()
+    from features.config_file import load_config
+    from ranker.config import TrainConfig
+    from ranker.train import train as run
+
+    run(load_config(config, TrainConfig, set_ or ()), out, resume=resume)
+
+
+@app.command()
+def evaluate(run: RunPath, split: Annotated[Split, typer.Option(help="split of the dataset")] = "test") -> None:
+    """Measure a run: CTR, CTCVR and CVR, overall and by history length; writes RUN/metrics.json."""
+    ensure_versions()
+    from ranker.evaluate import evaluate as measure
+
+    measure(run, split)
+
+
+@app.command()
+def export(run: RunPath, out: Annotated[Path, typer.Option(help="folder to make")]) -> None:
+    """Write the ranker as TorchScript with its manifest; refused unless its scores equal the trainer's."""
+    ensure_versions()
+    from ranker.export import export as write
+
+    write(run, out)
+
+
+@app.command()
+def schema(
+    name: Annotated[Literal["prepare", "train"], typer.Argument(help="which config")],
+    json: Annotated[bool, typer.Option("--json", help="as JSON schema, for editors")] = False,
+) -> None:
+    """Print every key of a config: its type, default, and what it means."""
+    model = _config_model(name)
+    if json:
+        from json import dumps
+
+        typer.echo(dumps(model.model_json_schema(), indent=2))
+    else:
+        from features.config_doc import describe
+
+        typer.echo(describe(model))
+
+
+def _config_model(name: Literal["prepare", "train"]) -> type[BaseModel]:
+    if name == "prepare":
+        from features.schema import PrepareConfig
+
+        return PrepareConfig
+    from ranker.config import TrainConfig
+
+    return TrainConfig
+
+
+def _print_manifest(manifest: Manifest, out: Path) -> None:
+    """Counts of what was made, and of what was left out."""
+    console = Console()
+    labels = manifest.labels
+    table = Table(
+        "split",
+        "requests",
+        "impressions",
+        "users",
+        *labels,
+        "unknown items",
+        title=f"{manifest.name} → {escape(str(out))}",
+    )
+    for split, info in manifest.splits.items():
+        positives = [f"{info.positives.get(label, 0):,}" for label in labels]
+        counts = (f"{n:,}" for n in (info.requests, info.impressions, info.users))
+        table.add_row(split, *counts, *positives, f"{info.unknown_items:,}")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    console.print(table)
+    console.print(
+        f"{manifest.events:,} history events of {manifest.users - 1:,} users; {manifest.known_items - 1:,} known and "
+        f"{manifest.items - manifest.known_items:,} unknown items; {len(manifest.partitions)} partitions"
+    )
+    dropped = {reason: count for reason, count in manifest.dropped.items() if count}
+    console.print("dropped: " + (", ".join(f"{reason}: {count:,}" for reason, count in dropped.items()) or "nothing"))
+
+
+def main() -> None:
+    """Entry point of the `ranker` command."""
+    try:
+        _run()
+    except UserError as error:
+        if os.environ.get("RANKER_TRACEBACK") == "1":
+            raise
+        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+def _run() -> None:
+    try:
+        app()
+    except (ImportError, OSError) as error:
+        # A library that does not load looks like a defect of ours; say so if it is one of the toolchain.
+        if isinstance(error, ImportError) or "cannot open shared object" in str(error):
+            ensure_healthy(probe=probe_apart)
+        raise
+
+
+if __name__ == "__main__":
+    main()
