@@ -1,0 +1,189 @@
+"""The two files of one partition: DuckDB hands over flat sorted columns, NumPy finds the boundaries between users and requests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from features.dataset import PartitionInfo, partition_dir, write_arrow
+from features.prepare import counters
+from features.prepare.columns import stored
+from features.prepare.encode import Vocabularies, encode
+from features.prepare.engine import Engine, quote
+from features.prepare.split import Periods
+from features.schema import SPLITS, ColumnConfig, PrepareConfig, Scope, Split
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What all partitions share; `priors` has the mean of each counter's value."""
+
+    config: PrepareConfig
+    vocabularies: Vocabularies
+    labels: list[str]
+    oracles: list[str]
+    priors: list[float]
+    periods: Periods
+
+
+@dataclass(frozen=True)
+class Written:
+    """One partition on disk; `unsorted` counts events that stood in the files after a later one of their user."""
+
+    info: PartitionInfo
+    unsorted: int
+
+
+@dataclass(frozen=True)
+class _Log:
+    """Histories of a partition, one after the other: events of history row r are ``offsets[r]:offsets[r + 1]``."""
+
+    row: Ints
+    time: Ints
+    offsets: Ints
+
+
+def write_partition(engine: Engine, layout: Layout, root: Path, number: int) -> Written:
+    """Write histories.arrow and requests.arrow of one partition."""
+    folder = partition_dir(root, number)
+    log, unsorted = _write_histories(engine, layout, folder, number)
+    requests, impressions = _write_requests(engine, layout, folder, number, log)
+    info = PartitionInfo(
+        histories=len(log.offsets) - 1, events=len(log.row), requests=requests, impressions=impressions
+    )
+    return Written(info, unsorted)
+
+
+def history_ends(log_row: Ints, log_time: Ints, offsets: Ints, row: Ints, until: Ints) -> Ints:
+    """Events of history `row` strictly before `until`, for many requests at once.
+
+    Times are replaced by their rank among the log's times, so that (row, rank) fits one integer whatever the times.
+
+    Args:
+        log_row, log_time: [T] sorted by (row, time).
+        offsets: [rows + 1].
+        row, until: [R].
+    """
+    instants = np.unique(log_time)
+    span = len(instants) + 1
+    key = log_row * span + np.searchsorted(instants, log_time)
+    return np.searchsorted(key, row * span + np.searchsorted(instants, until)) - offsets[row]
+
+
+def _write_histories(engine: Engine, layout: Layout, folder: Path, number: int) -> tuple[_Log, int]:
+    about = f"writing histories of partition {number}"
+    configured = layout.config.columns
+    users = engine.table(
+        f"""SELECT n.index, a.* FROM user_index n LEFT JOIN user_attributes a USING (u) WHERE n.part = {number} ORDER BY n.index""",
+        about,
+    )
+    side = "".join(f", e.{quote(stored('event', name))}" for name in configured.event)
+    events = engine.table(
+        f"""SELECT n.row, x.index AS item, e.time, e.ordinal{side} FROM events e
+        JOIN user_index n ON e.u = n.u AND n.part = {number} JOIN item_index x ON e.i = x.i
+        WHERE e.part = {number} ORDER BY n.row, e.time, e.ordinal""",
+        about,
+    )
+    row, time, ordinal = _ints(events, "row"), _ints(events, "time"), _ints(events, "ordinal")
+    offsets = np.searchsorted(row, np.arange(users.num_rows + 1))
+    columns: dict[str, pa.Array] = {
+        "user": _array(users, "index").cast(pa.int32()),
+        "item": _lists(offsets, _array(events, "item").cast(pa.int32())),
+        "time": _lists(offsets, _array(events, "time")),
+    }
+    for name, values in _encoded(events, "event", configured.event, layout).items():
+        columns[name] = _lists(offsets, values)
+    columns |= _encoded(users, "user", configured.user, layout)
+    write_arrow(pa.table(columns), folder / "histories.arrow")
+    unsorted = int(np.count_nonzero((row[1:] == row[:-1]) & (ordinal[1:] < ordinal[:-1])))
+    return _Log(row, time, offsets), unsorted
+
+
+def _write_requests(
+    engine: Engine, layout: Layout, folder: Path, number: int, log: _Log
+) -> tuple[dict[Split, tuple[int, int]], dict[Split, int]]:
+    configured = layout.config.columns
+    shown = _shown(engine, layout, number)
+    split, row, began = _ints(shown, "split"), _ints(shown, "row"), _ints(shown, "began")
+    starts = _starts(split, row, began, _array(shown, "request"))  # [R], where each request's candidates begin
+    bounds = np.append(starts, len(split))
+    split, row, began = split[starts], row[starts], began[starts]
+    until = began - round(layout.config.history.label_delay_s * 1000)
+    if layout.config.history.freeze == "split":
+        firsts = np.array([layout.periods.first.get(name, 0) for name in SPLITS], dtype=np.int64)
+        until = np.minimum(until, firsts[split])
+    columns: dict[str, pa.Array] = {
+        "row": pa.array(row.astype(np.int32)),
+        "history_end": pa.array(history_ends(log.row, log.time, log.offsets, row, until).astype(np.int32)),
+        "time": pa.array(began),
+        "items": _lists(bounds, _array(shown, "item").cast(pa.int32())),
+    }
+    first = shown.select([stored("request", name) for name in configured.request]).take(pa.array(starts))
+    columns |= _encoded(first, "request", configured.request, layout)
+    candidate = _encoded(shown, "candidate", configured.candidate, layout) | _statistics(shown, layout)
+    for name in [f"label.{n}" for n in layout.labels] + [f"oracle.{n}" for n in layout.oracles]:
+        candidate[name] = _array(shown, name).cast(pa.float32())
+    columns |= {name: _lists(bounds, values) for name, values in candidate.items()}
+    write_arrow(pa.table(columns), folder / "requests.arrow")
+    edges = np.searchsorted(split, np.arange(len(SPLITS) + 1))
+    ranges = {name: (int(edges[s]), int(edges[s + 1])) for s, name in enumerate(SPLITS)}
+    return ranges, {name: int(bounds[hi] - bounds[lo]) for name, (lo, hi) in ranges.items()}
+
+
+def _shown(engine: Engine, layout: Layout, number: int) -> pa.Table:
+    """Candidates of a partition in the order they are written: by split, history row, time, request, place in the files."""
+    return engine.table(
+        f"""SELECT s.* EXCLUDE (u, part, i), n.row, x.index AS item FROM staged s
+        JOIN user_index n ON s.u = n.u AND n.part = {number} JOIN item_index x ON s.i = x.i
+        WHERE s.part = {number} ORDER BY s.split, n.row, s.began, s.request, s.ordinal""",
+        f"writing requests of partition {number}",
+    )
+
+
+def _starts(split: Ints, row: Ints, began: Ints, request: pa.Array) -> Ints:
+    if len(split) == 0:
+        return np.zeros(0, dtype=np.int64)
+    new = (split[1:] != split[:-1]) | (row[1:] != row[:-1]) | (began[1:] != began[:-1])
+    new |= pc.not_equal(request.slice(1), request.slice(0, len(request) - 1)).to_numpy(zero_copy_only=False)
+    return np.flatnonzero(np.concatenate([[True], new])).astype(np.int64)
+
+
+def _statistics(shown: pa.Table, layout: Layout) -> dict[str, pa.Array]:
+    """Columns of the counters: ``NAME_count`` = log1p(n), ``NAME_rate`` = (sum + k · prior) / (n + k), prior where both are 0."""
+    found: dict[str, pa.Array] = {}
+    for number, (config, prior) in enumerate(zip(layout.config.counters, layout.priors, strict=True)):
+        n = _ints(shown, f"n{number}").astype(np.float64)
+        total = _ints(shown, f"total{number}") / counters.SCALE
+        weight = n + config.smoothing
+        rate = np.where(weight > 0, (total + config.smoothing * prior) / np.where(weight > 0, weight, 1), prior)
+        found[stored("candidate", f"{config.name}_count")] = pa.array(np.log1p(n).astype(np.float32))
+        found[stored("candidate", f"{config.name}_rate")] = pa.array(rate.astype(np.float32))
+    return found
+
+
+def _encoded(
+    table: pa.Table, scope: Scope, configured: Mapping[str, ColumnConfig], layout: Layout
+) -> dict[str, pa.Array]:
+    names = {stored(scope, name): config for name, config in configured.items()}
+    return {name: encode(_array(table, name), name, config, layout.vocabularies) for name, config in names.items()}
+
+
+def _array(table: pa.Table, name: str) -> pa.Array:
+    column = table.column(name).combine_chunks()
+    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+
+
+def _ints(table: pa.Table, name: str) -> Ints:
+    return _array(table, name).to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def _lists(offsets: Ints, values: pa.Array) -> pa.Array:
+    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), values)
