@@ -149,22 +149,36 @@ def count_references(chunks: Iterable[Impressions], smoothing: float = 20.0) -> 
     return references
 
 
-def fit_references(dataset: Dataset, splits: Sequence[Split] = ("train",), smoothing: float = 20.0) -> References:
-    """References from the impressions of a prepared dataset's `splits`.
+def fit_references(
+    dataset: Dataset,
+    splits: Sequence[Split] = ("train",),
+    smoothing: float = 20.0,
+    labels: tuple[str, str | None] = ("click", "conversion"),
+) -> References:
+    """References from the impressions of a prepared dataset's `splits`; `labels` as in :func:`read_impressions`.
 
     Raises:
         DatasetError: those splits hold no impressions.
     """
-    chunks = (chunk for split in splits for chunk in read_impressions(dataset, split))
+    chunks = (chunk for split in splits for chunk in read_impressions(dataset, split, labels))
     references = count_references(chunks, smoothing)
     if references.impressions == 0:
         raise DatasetError(f"{dataset.root}: no impressions in {', '.join(splits)} to count references from")
     return references
 
 
-def read_impressions(dataset: Dataset, split: Split, requests: int = 65_536) -> Iterator[Impressions]:
-    """The impressions of one split, from so many `requests` at a time; an empty split gives none."""
-    converts = "conversion" in dataset.manifest.labels
+def read_impressions(
+    dataset: Dataset,
+    split: Split,
+    labels: tuple[str, str | None] = ("click", "conversion"),
+    requests: int = 65_536,
+) -> Iterator[Impressions]:
+    """The impressions of one split, from so many `requests` at a time; an empty split gives none.
+
+    `labels` are the dataset's names of click and conversion; one without the second label has no conversions.
+    """
+    clicks, conversions = labels
+    converts = conversions in dataset.manifest.labels
     for number, partition in enumerate(dataset.manifest.partitions):
         start, stop = partition.requests.get(split, (0, 0))
         if start == stop:
@@ -177,8 +191,8 @@ def read_impressions(dataset: Dataset, split: Split, requests: int = 65_536) -> 
             yield Impressions(
                 user=np.repeat(users[_values(chunk["row"])], candidates),
                 item=_values(chunk["items"].flatten()),
-                click=_values(chunk["label.click"].flatten()),
-                conversion=_values(chunk["label.conversion"].flatten()) if converts else None,
+                click=_values(chunk[f"label.{clicks}"].flatten()),
+                conversion=_values(chunk[f"label.{conversions}"].flatten()) if converts else None,
             )
 
 

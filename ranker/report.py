@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -31,7 +32,8 @@ from ranker.metrics import (
 from ranker.references import REFERENCES, References
 
 METRICS = ("auc", "uauc", "wuauc", "logloss", "ne", "calibration")
-_TITLES = ("AUC", "UAUC", "WUAUC", "log loss", "NE", "calibration")
+_TITLES = ("AUC", "UAUC", "WUAUC", "log loss", "NE", "calib.")
+_ROWS = {"item_rate": "item rate", "user_item_logit": "user + item"}
 _UNDEFINED = "–"
 
 Tasks = dict[Task, BinaryMetrics]
@@ -144,7 +146,8 @@ def print_report(report: Report, console: Console | None = None) -> None:
     console.print(_history_table(report))
     console.print(
         "UAUC: mean over users with both classes; WUAUC: weighted by impressions (= GAUC). "
-        "CVR is on clicks. NE < 1 is better than the test split's own mean."
+        "CVR is on clicks. NE < 1: better than the mean label. calib.: sum of scores / positives.",
+        highlight=False,
     )
 
 
@@ -152,52 +155,54 @@ def _task_table(report: Report) -> Table:
     """One section a task; rows: the model, the references, the oracle."""
     table = Table(
         title=f"{report.split}: {report.requests:,} requests, {report.impressions:,} impressions, "
-        f"{report.users:,} users, {report.unknown_items:,} impressions of unknown items"
+        f"{report.users:,} users, {report.unknown_items:,} impressions of unknown items",
+        box=box.SIMPLE,
+        pad_edge=False,
     )
-    table.add_column("task")
-    table.add_column("scores")
+    table.add_column("task", no_wrap=True)
+    table.add_column("scores", no_wrap=True)
     for title in _TITLES:
-        table.add_column(title, justify="right")
+        table.add_column(title, justify="right", no_wrap=True)
     scored = {"model": report.model, **report.references}
     if report.oracle is not None:
         scored["oracle"] = report.oracle
-    for task in TASKS:
-        if task not in report.model:
-            continue
+    for task in report.model:
         for name, tasks in scored.items():
             title = task.upper() if name == "model" else ""
             cells = [_cell(_value(tasks.get(task), metric)) for metric in METRICS]
-            table.add_row(title, name.replace("_", " "), *cells)
+            table.add_row(title, _ROWS.get(name, name), *cells)
         table.add_section()
     return table
 
 
 def _history_table(report: Report) -> Table:
-    """Rows: history lengths; columns: AUC and UAUC a task, and the oracle's AUC."""
-    table = Table(title="By history length")
-    table.add_column("events", justify="right")
-    table.add_column("impressions", justify="right")
-    tasks: list[Task] = [task for task in TASKS if task in report.model]
-    for task in tasks:
-        table.add_column(f"{task.upper()} AUC", justify="right")
-        table.add_column(f"{task.upper()} UAUC", justify="right")
-        if report.oracle_history is not None:
-            table.add_column("oracle AUC", justify="right")
+    """One section a task; rows: history lengths that occur (of CVR: among clicks); `oracle` is its AUC."""
+    table = Table(title="By history length (lengths that occur)", box=box.SIMPLE, pad_edge=False)
+    table.add_column("task", no_wrap=True)
+    for title in ("events", "impressions", "AUC", "UAUC", "log loss", "calib."):
+        table.add_column(title, justify="right", no_wrap=True)
+    if report.oracle_history is not None:
+        table.add_column("oracle", justify="right", no_wrap=True)
     best = report.oracle_history or [None] * len(report.history)
-    for bucket, attainable in zip(report.history, best, strict=True):
-        cells: list[str] = []
-        for task in tasks:
-            cells += [_cell(_value(bucket.tasks.get(task), metric)) for metric in ("auc", "uauc")]
+    for task in report.model:
+        title = task.upper()
+        for bucket, attainable in zip(report.history, best, strict=True):
+            measured = bucket.tasks[task]
+            if measured.impressions == 0:
+                continue
+            cells = [_cell(_value(measured, metric)) for metric in ("auc", "uauc", "logloss", "calibration")]
             if attainable is not None:
                 cells.append(_cell(_value(attainable.tasks.get(task), "auc")))
-        table.add_row(_interval(bucket), f"{bucket.impressions:,}", *cells)
+            table.add_row(title, _interval(bucket), f"{measured.impressions:,}", *cells)
+            title = ""
+        table.add_section()
     return table
 
 
 def _interval(bucket: HistoryBucket) -> str:
     if bucket.max is None:
-        return f"{bucket.min:,} and more"
-    return f"{bucket.min:,}" if bucket.max == bucket.min + 1 else f"{bucket.min:,} – {bucket.max - 1:,}"
+        return f"≥ {bucket.min:,}"
+    return f"{bucket.min:,}" if bucket.max == bucket.min + 1 else f"{bucket.min:,}–{bucket.max - 1:,}"
 
 
 def _cell(value: float | None) -> str:

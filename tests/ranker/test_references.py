@@ -146,18 +146,24 @@ class FolderOfTwoPartitions(Dataset):
 @pytest.mark.parametrize("requests", [1, 2, 100])
 def test_reads_a_split_from_all_partitions_in_chunks(tmp_path: Path, requests: int) -> None:
     dataset = FolderOfTwoPartitions(tmp_path, ["click", "conversion"])
-    chunks = list(read_impressions(dataset, "train", requests))
+    chunks = list(read_impressions(dataset, "train", requests=requests))
     assert np.concatenate([c.user for c in chunks]).tolist() == [0, 0, 2, 10, 10, 12]
     assert np.concatenate([c.item for c in chunks]).tolist() == [1, 2, 3, 1, 2, 3]
     assert np.concatenate([c.click for c in chunks]).tolist() == [1, 0, 0, 1, 0, 1]
     assert np.concatenate([c.conversion for c in chunks]).tolist() == [1, 1, 0, 1, 1, 0]
-    assert [c.item.tolist() for c in read_impressions(dataset, "test", requests)] == [[4, 5], [4, 5]]
-    assert list(read_impressions(dataset, "valid", requests)) == []
+    assert [c.item.tolist() for c in read_impressions(dataset, "test", requests=requests)] == [[4, 5], [4, 5]]
+    assert list(read_impressions(dataset, "valid", requests=requests)) == []
 
 
 def test_fits_the_training_split_only(tmp_path: Path) -> None:
     references = fit_references(FolderOfTwoPartitions(tmp_path, ["click"]))
     assert (references.impressions, references.mean("ctr"), references.has_conversion) == (6, 0.5, False)
+
+
+def test_labels_go_by_the_names_they_are_given(tmp_path: Path) -> None:
+    dataset = FolderOfTwoPartitions(tmp_path, ["click", "conversion"])
+    assert fit_references(dataset, labels=("conversion", None)).mean("ctr") == pytest.approx(4 / 6)
+    assert not fit_references(dataset, labels=("click", None)).has_conversion
 
 
 def test_an_empty_split_cannot_be_fitted(tmp_path: Path) -> None:

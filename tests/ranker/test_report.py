@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ from rich.console import Console
 from ranker.metrics import HISTORY_EDGES, Predictions
 from ranker.references import Impressions, count_references
 from ranker.report import METRICS, Report, make_report, metrics_json, print_report, write_metrics
+
+COUNTED = count_references([Impressions(np.arange(4), np.arange(4), np.array([0, 1, 0, 1]), np.array([0, 1, 1, 0]))])
 
 
 def predictions(rows: int = 200, oracle: bool = False, conversion: bool = True) -> Predictions:
@@ -35,14 +38,11 @@ def predictions(rows: int = 200, oracle: bool = False, conversion: bool = True) 
 
 def report(rows: int = 200, oracle: bool = False, conversion: bool = True) -> Report:
     some = predictions(rows, oracle, conversion)
-    counted = count_references(
-        [Impressions(np.arange(4), np.arange(4), np.array([0, 1, 0, 1]), np.array([0, 1, 1, 0]))]
-    )
-    return make_report(some, "test", unknown_items=3, references=counted)
+    return make_report(some, "test", unknown_items=3, references=COUNTED)
 
 
 def shown(some: Report) -> str:
-    console = Console(file=io.StringIO(), width=200)
+    console = Console(file=io.StringIO(), width=80)
     print_report(some, console)
     return console.file.getvalue()
 
@@ -92,6 +92,13 @@ def test_a_split_without_impressions_is_reported_as_such(oracle: bool) -> None:
     assert "0 impressions" in shown(some)
 
 
+def test_the_tables_fit_80_columns() -> None:
+    long = replace(predictions(20_000, oracle=True), history_length=np.arange(20_000))
+    lines = shown(make_report(long, "test", references=COUNTED)).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert not any("…" in line for line in lines)
+
+
 def test_the_tables_show_model_references_and_history_lengths() -> None:
     some = report()
     text = shown(some)
@@ -102,13 +109,14 @@ def test_the_tables_show_model_references_and_history_lengths() -> None:
         "model",
         "constant",
         "item rate",
-        "user item logit",
+        "user + item",
         "3 impressions of unknown",
     ):
         assert expected in text
     assert f"{some.model['ctr'].auc:.4f}" in text
-    for interval in ("30 – 99", "10,000 and more"):
+    for interval in ("1–9", "10–29", "30–99"):
         assert interval in text
+    assert "≥ 10,000" not in text  # no history is so long
 
 
 def test_writing_replaces_the_file_and_leaves_no_other(tmp_path: Path) -> None:
