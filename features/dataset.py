@@ -93,6 +93,8 @@ class Manifest(_Record):
     partitions: list[PartitionInfo]
     dropped: dict[str, int]
     """rows left out, by reason"""
+    counted: dict[str, int] = {}
+    """other findings that lose no row, by what was found"""
     config: dict[str, object]
     """the resolved prepare config"""
     versions: dict[str, str]
@@ -167,3 +169,10 @@ class Dataset:
         """Columns ``row`` int32 (row of histories), ``history_end`` int32 (events of that row that lie before the request), ``time``
         int64 (ms), ``items`` list<int32>, ``request.NAME``, ``candidate.NAME`` lists, ``label.NAME`` list<float32>, ``oracle.NAME`` list<float32>."""
         return read_arrow(partition_dir(self.root, partition) / "requests.arrow")
+
+    def vocabulary_hash(self) -> str:
+        """SHA-256 over the vocabularies: two datasets with the same one give every id the same row."""
+        digest = hashlib.sha256()
+        for path in sorted((self.root / "vocabularies").iterdir()):
+            digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+        return digest.hexdigest()

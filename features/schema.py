@@ -59,6 +59,17 @@ class ColumnsConfig(Strict):
         description="columns of one impression; `time` and `first_seen` (first time the item occurs in any log) may be used",
     )
 
+    @model_validator(mode="after")
+    def _flat_lists(self) -> ColumnsConfig:
+        for scope, columns in (("event", self.event), ("candidate", self.candidate)):
+            for name, column in columns.items():
+                if column.kind not in ("categorical", "dense"):
+                    raise ValueError(f"{scope}.{name}: a {column.kind} cannot belong to each {scope}; make it an item column")
+        for name, column in (self.user | self.request).items():
+            if column.kind == "vector":
+                raise ValueError(f"{name}: vectors can belong to items only; use dense columns")
+        return self
+
 
 class TableSource(Strict):
     """A Parquet file, a folder of them, or a glob, and the names of its key columns."""
@@ -115,15 +126,27 @@ class SyntheticSource(Strict):
     items: int = Field(5_000, ge=10)
     events_per_user: int = Field(500, ge=0, description="mean length of a user's history")
     max_events_per_user: int = Field(20_000, ge=1)
-    requests_per_user: int = Field(10, ge=1)
+    requests_per_user: int = Field(10, ge=3, description="requests of a user: one or more to train, validate, test")
     candidates_per_request: int = Field(10, ge=1)
     topics: int = Field(64, ge=2, description="clusters of the content space")
     content_dim: int = Field(16, ge=2)
     interests_per_user: int = Field(6, ge=1)
-    old_interest_share: float = Field(0.5, ge=0, le=1, description="share of interests visible only in the oldest events")
+    old_interest_share: float = Field(
+        0.5, ge=0, le=1, description="share of interests visible only in the oldest events"
+    )
     old_interest_age: int = Field(300, ge=0, description="old interests leave no event among the newest so many")
     click_rate: float = Field(0.15, gt=0, lt=1, description="mean click probability aimed at")
     conversion_rate: float = Field(0.3, gt=0, lt=1, description="mean conversion probability given a click aimed at")
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> SyntheticSource:
+        if self.topics > self.items:
+            raise ValueError(f"topics: at most one an item, got {self.topics} topics of {self.items} items")
+        if self.interests_per_user >= self.topics:
+            raise ValueError(f"interests_per_user: less than topics ({self.topics}), got {self.interests_per_user}")
+        if self.candidates_per_request > self.items:
+            raise ValueError(f"candidates_per_request: at most items ({self.items}), got {self.candidates_per_request}")
+        return self
 
 
 Source = Annotated[
@@ -149,8 +172,8 @@ class SplitConfig(Strict):
     test_from: str | None = Field(None, description="by time: ISO instant (UTC) at which test starts")
     valid_last: int = Field(0, ge=0, description="by last: so many of a user's requests before the test ones validate")
     test_last: int = Field(0, ge=0, description="by last: so many of a user's last requests test")
-    valid_users: float = Field(0.0, ge=0, lt=1, description="by column: share of users (by hash) whose training requests validate")
-    valid_time: float = Field(0.0, ge=0, lt=1, description="by column: share of training requests, the latest, that validate")
+    valid_users: float = Field(0.0, ge=0, lt=1, description="share of users (by hash) whose training requests validate")
+    valid_time: float = Field(0.0, ge=0, lt=1, description="share of training requests, the latest, that validate")
 
     @model_validator(mode="after")
     def _complete(self) -> SplitConfig:
