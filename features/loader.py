@@ -113,7 +113,7 @@ class _Partition:
     def __init__(self, dataset: Dataset, index: int) -> None:
         self._histories = dataset.histories(index)
         self._requests = dataset.requests(index)
-        self._columns: dict[str, Column] = {}
+        self._columns: dict[tuple[str, str], Column] = {}
         events = self._histories.column("item")
         self.event_offsets = events.offsets.to_numpy().astype(np.int64)
         self.event_offsets -= self.event_offsets[0]
@@ -121,22 +121,22 @@ class _Partition:
 
     def events(self, name: str) -> Array:
         """A history column, all rows' elements one after another."""
-        column = self._view(self._histories, name)
+        column = self._view("histories", name)
         assert isinstance(column, _Lists)
         return column.values
 
     def user(self, name: str) -> Column:
         """A column of the history rows' users."""
-        return self._view(self._histories, name)
+        return self._view("histories", name)
 
     def request(self, name: str) -> Column:
         """A column of the requests."""
-        return self._view(self._requests, name)
+        return self._view("requests", name)
 
-    def _view(self, batch: pa.RecordBatch, name: str) -> Column:
-        if name not in self._columns:
-            self._columns[name] = _column(batch, name)
-        return self._columns[name]
+    def _view(self, file: str, name: str) -> Column:
+        if (file, name) not in self._columns:
+            self._columns[file, name] = _column(self._histories if file == "histories" else self._requests, name)
+        return self._columns[file, name]
 
 
 class RequestBatches(TorchDataset[dict[str, Tensor]]):

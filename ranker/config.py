@@ -107,7 +107,7 @@ class TrainingConfig(Strict):
     keep_checkpoints: int = Field(2, ge=1)
     log_every: int = Field(50, ge=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int | None = Field(None, ge=1, description="CPU threads of each rank; default: cores / ranks on the machine")
+    threads: int | None = Field(None, ge=1, description="CPU threads of each rank; default: cores / ranks on the machine − loader workers")
 
     @model_validator(mode="after")
     def _early_stopping_needs_validation(self) -> TrainingConfig:

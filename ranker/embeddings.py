@@ -4,8 +4,6 @@ Pooled features go through EmbeddingBagCollections, at request stride and at can
 through one EmbeddingCollection, whose tables history and candidates share, in one look-up.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """The ranker: tables, DIN on the short history, long-sequence blocks, tower. One forward pass scores R requests × their candidates."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

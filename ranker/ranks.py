@@ -40,12 +40,14 @@ class Ranks:
 
 
 @contextmanager
-def join_ranks(device: str = "auto", threads: int | None = None) -> Iterator[Ranks]:
+def join_ranks(device: str = "auto", threads: int | None = None, workers: int = 0) -> Iterator[Ranks]:
     """Join the process group that the environment describes, or make one of this process alone; leave it at the end.
 
     Args:
         device: auto, cpu or cuda.
-        threads: CPU threads of this process; default: the machine's cores divided by its ranks.
+        threads: CPU threads of this process; default: the machine's cores divided by its ranks, less the loader's workers.
+            More threads than cores cost far more than they bring: OpenMP's threads spin while they wait for one another.
+        workers: loader processes of this rank.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
@@ -54,7 +56,7 @@ def join_ranks(device: str = "auto", threads: int | None = None) -> Iterator[Ran
     where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(where)
-    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_world))
+    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_world - workers))
     backend = "cuda:nccl,cpu:gloo" if cuda else "gloo"
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group(backend)

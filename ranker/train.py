@@ -246,7 +246,7 @@ def train(config: TrainConfig, out: Path, resume: bool = False) -> None:
     """
     ensure_healthy()
     dataset = Dataset(config.dataset)
-    with join_ranks(config.training.device, config.training.threads) as ranks:
+    with join_ranks(config.training.device, config.training.threads, config.loader.workers) as ranks:
         random.seed(config.seed)
         np.random.seed(config.seed)
         if resume:
@@ -281,7 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="ranker.train", description=__doc__)
     parser.add_argument("config", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
     parser.add_argument("--resume", action="store_true")
     given = parser.parse_args(arguments)
     try:

@@ -16,7 +16,7 @@ from ranker.ops.jagged import expand_windows, log_bucket
 
 
 class AttentionMemory(NamedTuple):
-    """k, v: `[T, heads, d_head]`; start, end: `[R]` windows into T; bias: `[P, heads]` of every (request, event) pair."""
+    """k, v: `[T, heads, d_head]`; start, end: `[R]` windows into T; bias: `[P, heads]` of every (request, event) pair, or empty."""
 
     k: Tensor
     v: Tensor
@@ -41,19 +41,19 @@ class TargetAttention(nn.Module):
         self.query = nn.Linear(dim, self.out_dim, bias=False)
         self.key = nn.Linear(dim, self.out_dim, bias=False)
         self.value = nn.Linear(dim, self.out_dim, bias=False)
-        self.age_bias = nn.Parameter(torch.zeros(max(age_buckets, 1), heads))
+        self.age_bias = nn.Parameter(torch.zeros(age_buckets, heads)) if age_buckets > 0 else None
 
     def encode(self, history: History, probes: Probes) -> AttentionMemory:
         """Project the events once per distinct history."""
         history = latest(history, self.length)
         k = self.key(history.x).unflatten(1, [self.heads, -1])
         v = self.value(history.x).unflatten(1, [self.heads, -1])
-        if self.age_buckets == 0:
-            bias = torch.zeros([0, self.heads], dtype=k.dtype, device=k.device)
-        else:
+        bias = torch.zeros([0, self.heads], dtype=k.dtype, device=k.device)
+        age_bias = self.age_bias
+        if age_bias is not None:
             event, request = expand_windows(history.start, history.end)
             age_s = (history.now[request] - history.time[event]) // 1000
-            bias = self.age_bias[log_bucket(age_s, self.age_buckets)]
+            bias = age_bias[log_bucket(age_s, self.age_buckets)]
         return AttentionMemory(k, v, history.start, history.end, bias)
 
     def read(self, memory: AttentionMemory, target: Target) -> Tensor:

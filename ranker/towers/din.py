@@ -34,7 +34,7 @@ class DIN(nn.Module):
         self.w_difference = nn.Parameter(torch.empty(dim, width).uniform_(-bound, bound))
         self.w_product = nn.Parameter(torch.empty(dim, width).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.zeros(width))
-        self.age = nn.Parameter(torch.zeros(max(age_buckets, 1), width))
+        self.age = nn.Parameter(torch.zeros(age_buckets, width)) if age_buckets > 0 else None
         layers: list[nn.Module] = [nn.PReLU()]
         for a, b in zip(hidden, hidden[1:], strict=False):
             layers += [nn.Linear(a, b), nn.PReLU()]
@@ -50,9 +50,10 @@ class DIN(nn.Module):
         of_event = history.x @ (self.w_event - self.w_difference)
         x = history.x[event]
         hidden = of_target[candidate] + of_event[event] + (target.x[candidate] * x) @ self.w_product
-        if self.age_buckets > 0:
+        age = self.age
+        if age is not None:
             age_s = (history.now[request[candidate]] - history.time[event]) // 1000
-            hidden = hidden + self.age[log_bucket(age_s, self.age_buckets)]
+            hidden = hidden + age[log_bucket(age_s, self.age_buckets)]
         weight = self.rest(hidden)  # [P, 1]
         if self.softmax:
             weight = segment_softmax(weight, candidate, candidates)

@@ -13,7 +13,7 @@ def esmm_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
     Args:
         logits: `[N, 1]` (click) or `[N, 2]` (click; conversion given a click).
-        labels: `[N, tasks]` in {0, 1}; the second is click *and* conversion.
+        labels: `[N, tasks]` in {0, 1}: click; conversion, which counts on clicks only.
     """
     ctr = binary_cross_entropy_with_logits(logits[:, 0], labels[:, 0], reduction="sum")
     if logits.size(1) == 1:
@@ -21,7 +21,8 @@ def esmm_loss(logits: Tensor, labels: Tensor) -> Tensor:
     log_p = logsigmoid(logits[:, 0]) + logsigmoid(logits[:, 1])
     # 1 − p stays exact near p = 1: log(1 − e^x) by expm1 (x < 0)
     log_not_p = torch.log(-torch.expm1(log_p.clamp(max=-1e-7)))
-    ctcvr = -(labels[:, 1] * log_p + (1 - labels[:, 1]) * log_not_p).sum()
+    both = labels[:, 0] * labels[:, 1]
+    ctcvr = -(both * log_p + (1 - both) * log_not_p).sum()
     return torch.stack([ctr, ctcvr])
 
 

@@ -1,0 +1,76 @@
+"""`ranker evaluate RUN --split test`: score a split with the run's best checkpoint, beside the references and the oracle."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from features.errors import UserError
+from features.loader import Loader
+from features.schema import SPLITS, Split
+from features.selection import resolve
+from ranker import checkpoint
+from ranker.config import TrainConfig
+from ranker.model import Ranker
+from ranker.predict import predict, selection_of
+from ranker.ranks import Ranks, join_ranks
+from ranker.references import fit_references
+from ranker.report import Report, make_report, print_report, write_metrics
+from ranker.run import Run
+from ranker.sharding import shard
+from ranker.train import build
+
+
+def restore(run: Run, ranks: Ranks) -> Ranker:
+    """The run's ranker, sharded, with its best checkpoint."""
+    dataset = run.dataset()
+    spec = resolve(run.config.features, dataset.manifest)
+    model, _ = shard(build(spec, run.config, run.moments()), run.config.tables, ranks)
+    checkpoint.load(run.best(), model, None, ranks)
+    return model  # type: ignore[return-value]
+
+
+def evaluate(run_root: Path, split: Split = "test") -> Report | None:
+    """Measure a run on a split, write ``metrics.json``, show the tables; the report on rank 0, None on the others.
+
+    Raises:
+        UserError: no run, no such split, or another dataset than it was trained on.
+    """
+    run = Run(run_root)
+    dataset, config = run.dataset(), run.config
+    if split not in SPLITS or split not in dataset.manifest.splits:
+        raise UserError(f"--split {split}: not in {dataset.root}; it has {', '.join(dataset.manifest.splits)}")
+    with join_ranks(config.training.device, config.training.threads, config.loader.workers) as ranks:
+        selection = selection_of(config, dataset, resolve(config.features, dataset.manifest))
+        loader = Loader(dataset, (split,), selection, config.loader, rank=ranks.rank, world=ranks.world)
+        predictions = predict(restore(run, ranks), loader, config, ranks, f"score {split}")
+    if predictions is None:
+        return None
+    labels = (config.tasks.click, config.tasks.conversion)
+    references = fit_references(dataset, config.training.splits, labels=labels)
+    unknown = int(np.count_nonzero(predictions.item >= dataset.manifest.known_items))
+    report = make_report(predictions, split, unknown, references)
+    write_metrics(report, run.root / "metrics.json")
+    print_report(report)
+    return report
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of ``python -m ranker.evaluate`` and of `torchx run`."""
+    parser = argparse.ArgumentParser(prog="ranker.evaluate", description=__doc__)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--split", default="test", choices=SPLITS)
+    given = parser.parse_args(arguments)
+    try:
+        evaluate(given.run, given.split)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()
