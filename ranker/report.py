@@ -157,7 +157,7 @@ def _task_table(report: Report) -> Table:
         title=f"{report.split}: {report.requests:,} requests, {report.impressions:,} impressions, "
         f"{report.users:,} users, {report.unknown_items:,} impressions of unknown items",
         box=box.SIMPLE,
-        pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
     table.add_column("task", no_wrap=True)
     table.add_column("scores", no_wrap=True)
@@ -177,7 +177,7 @@ def _task_table(report: Report) -> Table:
 
 def _history_table(report: Report) -> Table:
     """One section a task; rows: history lengths that occur (of CVR: among clicks); `oracle` is its AUC."""
-    table = Table(title="By history length (lengths that occur)", box=box.SIMPLE, pad_edge=False)
+    table = Table(title="By history length (lengths that occur)", box=box.SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("task", no_wrap=True)
     for title in ("events", "impressions", "AUC", "UAUC", "log loss", "calib."):
         table.add_column(title, justify="right", no_wrap=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -169,3 +171,71 @@ def test_labels_go_by_the_names_they_are_given(tmp_path: Path) -> None:
 def test_an_empty_split_cannot_be_fitted(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"no impressions in valid"):
         fit_references(FolderOfTwoPartitions(tmp_path, ["click"]), ["valid"])
+
+
+def assert_published(train: Impressions, test: Impressions, figures: dict[str, dict[str, float]]) -> None:
+    """The figures of one reference after another, to the four digits in which they were published."""
+    ids = {name: np.unique(np.r_[getattr(train, name), getattr(test, name)]) for name in ("user", "item")}
+    dense = [
+        {name: np.searchsorted(ids[name], getattr(part, name)) for name in ids} | {"click": part.click}
+        for part in (train, test)
+    ]
+    zeros = np.zeros(len(test.click), int)
+    predictions = Predictions(**dense[1], history_length=zeros, request=zeros, p_ctr=zeros)
+    references = count_references([Impressions(**dense[0])])
+    for name, expected in figures.items():
+        metrics = task_metrics(references.score(name, predictions))["ctr"]
+        assert {key: getattr(metrics, key) for key in expected} == pytest.approx(expected, abs=5e-5)
+
+
+@pytest.mark.real_data
+def test_reproduces_the_published_figures_of_movielens(ranker_data: Callable[[str], Path]) -> None:
+    rows = duckdb.sql(f"""
+        with events as (
+            select *, row_number() over () as line
+            from read_csv('{ranker_data("ml-1m")}/ml-1m.inter', delim = '\t', header = false, skip = 1, quote = '',
+                          columns = {{user: 'varchar', item: 'varchar', rating: 'double', time: 'double'}})
+        ), placed as (
+            select *, row_number() over (partition by user order by time, line) - 1 as before,
+                      row_number() over (partition by user order by time desc, line desc) as from_end
+            from events
+        )
+        select user, item, rating >= 4 as click, from_end <= 10 as test
+        from placed where before >= 20 and from_end <= 40
+    """).fetchnumpy()
+    columns = [rows[name].astype(str) for name in ("user", "item")] + [rows["click"]]
+    test = rows["test"]
+    assert (int((~test).sum()), int(test.sum())) == (135_597, 56_039)
+    assert_published(
+        Impressions(*(column[~test] for column in columns)),
+        Impressions(*(column[test] for column in columns)),
+        {
+            "constant": {"logloss": 0.6797},
+            "item_rate": {"auc": 0.7241, "uauc": 0.6636, "logloss": 0.6050},
+            "user_item_logit": {"auc": 0.7639, "logloss": 0.5670},
+        },
+    )
+
+
+@pytest.mark.real_data
+def test_reproduces_the_published_figures_of_ebnerd(ranker_data: Callable[[str], Path]) -> None:
+    def impressions(part: str, where: str) -> Impressions:
+        rows = duckdb.sql(f"""
+            select user, item, list_contains(clicked, item) as click from (
+                select user_id as user, unnest(article_ids_inview) as item, article_ids_clicked as clicked
+                from '{ranker_data("ebnerd_demo")}/behaviors_{part}.parquet' where {where}
+            )
+        """).fetchnumpy()
+        return Impressions(rows["user"].astype(np.int64), rows["item"].astype(np.int64), rows["click"])
+
+    train, test = impressions("train", "user_id % 10 < 6"), impressions("val", "true")
+    assert (len(train.click), len(test.click)) == (167_847, 304_915)
+    assert_published(
+        train,
+        test,
+        {
+            "constant": {"logloss": 0.2873},
+            "item_rate": {"auc": 0.5470, "uauc": 0.5431, "logloss": 0.2836},
+            "user_item_logit": {"auc": 0.5765, "uauc": 0.5431, "logloss": 0.2826},
+        },
+    )
