@@ -112,6 +112,14 @@ def export(run: RunPath, out: Annotated[Path, typer.Option(help="folder to make"
 
 
 @app.command()
+def compare(runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="evaluated runs")]) -> None:
+    """Show the metrics of several runs side by side."""
+    from ranker.compare import compare as show
+
+    show(runs)
+
+
+@app.command()
 def schema(
     name: Annotated[Literal["prepare", "train"], typer.Argument(help="which config")],
     json: Annotated[bool, typer.Option("--json", help="as JSON schema, for editors")] = False,

@@ -1,8 +1,7 @@
-"""Imports go one way; kernels and long-sequence methods run on plain PyTorch. The contracts are in pyproject.toml."""
+"""What may run without what. Who may import whom is in pyproject.toml, and checked by lint-imports (`make check`)."""
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import pkgutil
 import subprocess
@@ -13,13 +12,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-
-
-def test_contracts_hold():
-    lint = [sys.executable, "-c", "from importlinter.cli import lint_imports_command as c; c()", "--no-cache"]
-    result = subprocess.run(lint, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "0 broken" in result.stdout
 
 
 def modules_of(package: str) -> list[str]:

@@ -1,0 +1,104 @@
+r"""TorchX components: the commands of `ranker` on many processes and machines, on any of TorchX's schedulers.
+
+    torchx run -s local_cwd launch/components.py:train --config CONFIG --out RUN --nproc 2
+    torchx run -s slurm -cfg partition=gpu launch/components.py:train --config CONFIG --out RUN \
+        --nnodes 2 --nproc 8 --gpu 8
+
+What follows ``--`` goes to the command itself: ``-- --set training.epochs=3 --resume``. (A list option would not do:
+TorchX splits lists at commas, which values may hold.) `config`, `out` and the dataset must be seen by every machine.
+"""
+
+# ruff: noqa: UP006, UP035, UP045 - TorchX reads the source of the annotations, in the older form only
+from typing import Dict, Optional
+
+import torchx.components.dist as dist
+import torchx.specs as specs
+
+
+def train(
+    *args: str,
+    config: str,
+    out: str,
+    nnodes: int = 1,
+    nproc: int = 1,
+    cpu: int = 2,
+    gpu: int = 0,
+    memory_mb: int = 8_192,
+    image: str = "",
+    env: Optional[Dict[str, str]] = None,
+    max_retries: int = 0,
+) -> specs.AppDef:
+    """Train a ranker; with retries, start it with ``-- --resume`` in a run folder that has checkpoints.
+
+    Args:
+        args: arguments of `ranker.train`, as --set KEY=VALUE or --resume
+        config: YAML file of the run
+        out: run folder to make
+        nnodes: machines
+        nproc: processes on each machine; one for each of its GPUs
+        cpu: cores of each machine
+        gpu: GPUs of each machine
+        memory_mb: memory of each machine, MB
+        image: container image, where the scheduler takes one
+        env: environment variables, as A=1,B=2
+        max_retries: how often the scheduler may start a failed job again
+    """
+    return _ddp("train", [config, "--out", out, *args], nnodes, nproc, cpu, gpu, memory_mb, image, env, max_retries)
+
+
+def evaluate(
+    *args: str,
+    run: str,
+    split: str = "test",
+    nnodes: int = 1,
+    nproc: int = 1,
+    cpu: int = 2,
+    gpu: int = 0,
+    memory_mb: int = 8_192,
+    image: str = "",
+    env: Optional[Dict[str, str]] = None,
+    max_retries: int = 0,
+) -> specs.AppDef:
+    """Measure a run; metrics are merged over the processes exactly.
+
+    Args:
+        args: further arguments of `ranker.evaluate`
+        run: run folder
+        split: split of the dataset
+        nnodes: machines
+        nproc: processes on each machine; one for each of its GPUs
+        cpu: cores of each machine
+        gpu: GPUs of each machine
+        memory_mb: memory of each machine, MB
+        image: container image, where the scheduler takes one
+        env: environment variables, as A=1,B=2
+        max_retries: how often the scheduler may start a failed job again
+    """
+    return _ddp("evaluate", [run, "--split", split, *args], nnodes, nproc, cpu, gpu, memory_mb, image, env, max_retries)
+
+
+def _ddp(
+    command: str,
+    arguments: list[str],
+    nnodes: int,
+    nproc: int,
+    cpu: int,
+    gpu: int,
+    memory_mb: int,
+    image: str,
+    env: dict[str, str] | None,
+    max_retries: int,
+) -> specs.AppDef:
+    """`ranker.COMMAND` in nnodes · nproc processes that find one another."""
+    return dist.ddp(
+        *arguments,
+        m=f"ranker.{command}",
+        name=f"ranker-{command}",
+        j=f"{nnodes}x{nproc}",
+        cpu=cpu,
+        gpu=gpu,
+        memMB=memory_mb,
+        image=image,
+        env=env,
+        max_retries=max_retries,
+    )

@@ -1,0 +1,60 @@
+"""The TorchX components make the commands they should, on a machine and on a cluster."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def dry_run(*arguments: str) -> str:
+    """What `torchx run` would submit, spaces and line breaks joined."""
+    command = [sys.executable, "-m", "torchx.cli.main", "run", "--dryrun", *arguments]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return " ".join(result.stdout.replace('"', "'").replace("' '", "").split()).replace("' '", "")
+
+
+def test_train_on_this_machine():
+    out = dry_run(
+        *("-s", "local_cwd", "launch/components.py:train", "--config", "c.yaml", "--out", "runs/a", "--nproc", "2"),
+        *("--", "--set", "model.width=[1, 2]", "--resume"),
+    )
+    assert "--nnodes 1" in out
+    assert "--nproc_per_node 2" in out
+    assert "-m ranker.train c.yaml --out runs/a --set" in out.replace("' '", "")
+    assert "model.width=[1, 2]" in out
+    assert "--resume" in out
+
+
+def test_train_on_a_cluster():
+    out = dry_run(
+        *("-s", "slurm", "-cfg", "partition=gpu", "launch/components.py:train", "--config", "c.yaml", "--out", "r"),
+        *("--nnodes", "2", "--nproc", "8", "--gpu", "8", "--memory_mb", "64000"),
+    )
+    assert out.count("#SBATCH --job-name") == 2
+    assert "--gpus-per-task=8" in out
+    assert "ranker.train" in out
+
+
+def test_evaluate():
+    out = dry_run("-s", "local_cwd", "launch/components.py:evaluate", "--run", "runs/a", "--split", "valid")
+    assert "-m ranker.evaluate runs/a --split valid" in out
+
+
+def test_plain_ddp_needs_no_component():
+    out = dry_run("-s", "local_cwd", "dist.ddp", "-j", "1x2", "-m", "ranker.train", "--", "c.yaml", "--out", "r")
+    assert "-m ranker.train c.yaml --out r" in out
+
+
+@pytest.mark.parametrize("module", ["ranker.train", "ranker.evaluate"])
+def test_the_modules_they_start_take_these_arguments(module: str):
+    result = subprocess.run(
+        [sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert ("--out" if module == "ranker.train" else "--split") in result.stdout
