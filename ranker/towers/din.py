@@ -35,9 +35,9 @@ class DIN(nn.Module):
         self.w_product = nn.Parameter(torch.empty(dim, width).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.zeros(width))
         self.age = nn.Parameter(torch.zeros(age_buckets, width)) if age_buckets > 0 else None
-        layers: list[nn.Module] = [nn.PReLU()]
+        layers: list[nn.Module] = [nn.ReLU()]
         for a, b in zip(hidden, hidden[1:], strict=False):
-            layers += [nn.Linear(a, b), nn.PReLU()]
+            layers += [nn.Linear(a, b), nn.ReLU()]
         self.rest = nn.Sequential(*layers, nn.Linear(hidden[-1], 1))
 
     def forward(self, history: History, target: Target) -> Tensor:
@@ -48,12 +48,13 @@ class DIN(nn.Module):
         event, candidate = expand_windows(history.start[request], history.end[request])  # [P] pairs
         of_target = target.x @ (self.w_target + self.w_difference) + self.bias
         of_event = history.x @ (self.w_event - self.w_difference)
-        x = history.x[event]
-        hidden = of_target[candidate] + of_event[event] + (target.x[candidate] * x) @ self.w_product
+        x = history.x.index_select(0, event)
+        hidden = of_target.index_select(0, candidate) + of_event.index_select(0, event)
+        hidden = hidden + (target.x.index_select(0, candidate) * x) @ self.w_product
         age = self.age
         if age is not None:
             age_s = (history.now[request[candidate]] - history.time[event]) // 1000
-            hidden = hidden + age[log_bucket(age_s, self.age_buckets)]
+            hidden = hidden + age.index_select(0, log_bucket(age_s, self.age_buckets))
         weight = self.rest(hidden)  # [P, 1]
         if self.softmax:
             weight = segment_softmax(weight, candidate, candidates)
