@@ -27,7 +27,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
 from features.errors import UserError
-from features.schema import Kind, Split
+from features.schema import SPLITS, Kind, Split
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -98,6 +98,10 @@ class Manifest(_Record):
     config: dict[str, object]
     """the resolved prepare config"""
     versions: dict[str, str]
+
+    def filled_splits(self) -> list[Split]:
+        """Splits that have requests, in the order train, valid, test."""
+        return [split for split in SPLITS if split in self.splits and self.splits[split].requests]
 
 
 def partition_dir(root: Path, partition: int) -> Path:

@@ -441,8 +441,8 @@ class Loader:
                 f"{dataset.root}: {len(dataset.manifest.partitions)} partitions are too few for {self._shard_count} shards; "
                 f"prepare it again with partitions: {self._shard_count} or more"
             )
-        if not any(split in dataset.manifest.splits for split in splits):
-            have = ", ".join(dataset.manifest.splits)
+        if not set(splits) & set(dataset.manifest.filled_splits()):
+            have = ", ".join(dataset.manifest.filled_splits())
             raise UserError(f"{dataset.root}: no requests in split {' or '.join(splits)}; it has {have}")
         self._dataset, self._splits, self._selection, self._config = dataset, splits, selection, config
         self._seed, self._training = seed, training

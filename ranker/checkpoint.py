@@ -6,7 +6,6 @@ Written by `torch.distributed.checkpoint`, so that a run saved by some ranks goe
 from __future__ import annotations
 
 import shutil
-import warnings
 from pathlib import Path
 
 import torch
@@ -37,9 +36,7 @@ def save(path: Path, model: nn.Module, optimizer: CombinedOptimizer, position: P
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     ranks.barrier()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dcp.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, checkpoint_id=aside)
+    dcp.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, checkpoint_id=aside)
     torch.save(torch.get_rng_state(), aside / f"random-{ranks.rank}.pt")
     ranks.barrier()
     if ranks.first:
@@ -54,9 +51,7 @@ def load(path: Path, model: nn.Module, optimizer: CombinedOptimizer | None, rank
     state: dict[str, object] = {"model": model.state_dict()}
     if optimizer is not None:
         state["optimizer"] = optimizer.state_dict()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dcp.load(state, checkpoint_id=path)
+    dcp.load(state, checkpoint_id=path)
     model.load_state_dict(state["model"])  # type: ignore[arg-type]
     if optimizer is not None:
         optimizer.load_state_dict(state["optimizer"])  # type: ignore[arg-type]

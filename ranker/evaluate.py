@@ -42,8 +42,8 @@ def evaluate(run_root: Path, split: Split = "test") -> Report | None:
     """
     run = Run(run_root)
     dataset, config = run.dataset(), run.config
-    if split not in SPLITS or split not in dataset.manifest.splits:
-        raise UserError(f"--split {split}: not in {dataset.root}; it has {', '.join(dataset.manifest.splits)}")
+    if split not in dataset.manifest.filled_splits():
+        raise UserError(f"--split {split}: not in {dataset.root}; it has {', '.join(dataset.manifest.filled_splits())}")
     with join_ranks(config.training.device, config.training.threads, config.loader.workers) as ranks:
         selection = selection_of(config, dataset, resolve(config.features, dataset.manifest))
         loader = Loader(dataset, (split,), selection, config.loader, rank=ranks.rank, world=ranks.world)

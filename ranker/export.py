@@ -19,7 +19,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from features.batch import RequestBatch, names, sequence_keys
 from features.errors import UserError
 from features.loader import Loader
-from features.schema import SPLITS, Split
+from features.schema import Split
 from features.selection import Feature, FeatureSpec, resolve
 from ranker.evaluate import restore
 from ranker.model import Plain, Ranker
@@ -155,7 +155,7 @@ def export(run_root: Path, out: Path) -> float:
 def _export(run: Run, folder: Path) -> float:
     dataset, config = run.dataset(), run.config
     spec = resolve(config.features, dataset.manifest)
-    held_out: Split = next(s for s in reversed(SPLITS) if s in dataset.manifest.splits)
+    held_out: Split = dataset.manifest.filled_splits()[-1]
     with join_ranks("cpu", config.training.threads, config.loader.workers) as ranks, warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning)  # torch.jit still is what C++ servers load
         trained = restore(run, ranks)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,6 +41,16 @@ class Ranks:
             dist.barrier()
 
 
+def _quiet_libraries() -> None:
+    """Silence what the libraries say of their own internals at every start; errors still show."""
+    for module in ("torchrec", "torch"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
+        warnings.filterwarnings("ignore", category=UserWarning, module=module)
+    warnings.filterwarnings("ignore", message=".*ShardedTensor", category=FutureWarning)
+    for name in ("torchrec", "torch.fx", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 @contextmanager
 def join_ranks(device: str = "auto", threads: int | None = None, workers: int = 0) -> Iterator[Ranks]:
     """Join the process group that the environment describes, or make one of this process alone; leave it at the end.
@@ -49,6 +61,7 @@ def join_ranks(device: str = "auto", threads: int | None = None, workers: int = 
             More threads than cores cost far more than they bring: OpenMP's threads spin while they wait for one another.
         workers: loader processes of this rank.
     """
+    _quiet_libraries()
     world = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -5,6 +5,8 @@ Table optimisers run in the backward pass, fused with the gradient; dense parame
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -50,10 +52,8 @@ def table_names(model: nn.Module) -> dict[str, str]:
 def shard(model: Ranker, config: TablesConfig, ranks: Ranks) -> tuple[DistributedModelParallel, ShardingPlan]:
     """Shard the tables and replicate the dense part.
 
-    Every rank plans for itself (a failing planner on one rank would otherwise hang the others), and the plans are compared.
-
     Raises:
-        ShardingError: a table has no place, or the ranks disagree.
+        ShardingError: a table has no place; on every rank alike.
     """
     arguments: dict[str, float] = {"lr": config.lr}
     if config.optimizer != "sgd":
@@ -72,27 +72,47 @@ def shard(model: Ranker, config: TablesConfig, ranks: Ranks) -> tuple[Distribute
         constraints=constraints,
     )
     sharders: list[ModuleSharder[nn.Module]] = [EmbeddingBagCollectionSharder(), EmbeddingCollectionSharder()]  # type: ignore[list-item]
-    try:
-        plan = planner.plan(model, sharders)
-    except Exception as error:
-        raise ShardingError(
-            f"no place for the tables under tables.pooled_sharding={config.pooled_sharding}, "
-            f"tables.sequence_sharding={config.sequence_sharding}: {error}"
-        ) from error
-    planned = {name for module in plan.plan.values() for name in module}  # type: ignore[union-attr,attr-defined]
-    if missing := sorted(set(tables) - planned):
-        raise ShardingError(f"the plan leaves out {', '.join(missing)}; widen tables.pooled_sharding or tables.sequence_sharding")
-    if ranks.world > 1:
-        plans: list[str | None] = [None] * ranks.world
-        dist.all_gather_object(plans, str(plan))
-        if len(set(plans)) > 1:
-            raise ShardingError("ranks made different plans: are versions and configs the same on every machine?")
+    plan = _plan_once(lambda: _checked_plan(planner, model, sharders, tables, config))
     group = dist.group.WORLD
     assert group is not None
     sharded = DistributedModelParallel(
         model, env=ShardingEnv.from_process_group(group), device=ranks.device, plan=plan, sharders=sharders
     )
     return sharded, plan
+
+
+def _checked_plan(
+    planner: EmbeddingShardingPlanner,
+    model: nn.Module,
+    sharders: list[ModuleSharder[nn.Module]],
+    tables: dict[str, str],
+    config: TablesConfig,
+) -> ShardingPlan:
+    allowed = f"tables.pooled_sharding={config.pooled_sharding}, tables.sequence_sharding={config.sequence_sharding}"
+    try:
+        plan = planner.plan(model, sharders)
+    except Exception as error:
+        raise ShardingError(f"no place for the tables under {allowed}: {error}") from error
+    planned = {name for module in plan.plan.values() for name in module}  # type: ignore[attr-defined]
+    if missing := sorted(set(tables) - planned):
+        raise ShardingError(f"the plan leaves out {', '.join(missing)} under {allowed}; allow more")
+    return plan
+
+
+def _plan_once(make: Callable[[], ShardingPlan]) -> ShardingPlan:
+    """Plan on rank 0 and give every rank the plan, or the error: the planner's ties break differently from rank to rank, and
+    a planner that failed on one rank alone would leave the others waiting."""
+    outcome: list[ShardingPlan | ShardingError | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = make()
+        except ShardingError as error:
+            outcome[0] = ShardingError(str(error))
+    dist.broadcast_object_list(outcome)
+    if isinstance(outcome[0], ShardingError):
+        raise outcome[0]
+    assert outcome[0] is not None
+    return outcome[0]
 
 
 def describe_plan(plan: ShardingPlan) -> list[tuple[str, str, str, str]]:

@@ -86,7 +86,7 @@ class Trainer:
         split = self.config.training.validation_split
         if split is None or split in self.config.training.splits:
             return None
-        if split not in dataset.manifest.splits:
+        if split not in dataset.manifest.filled_splits():
             if self.config.training.patience is not None:
                 raise UserError(
                     f"training.patience: the dataset has no split {split!r} to watch; prepare one (split.valid_time, "
