@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -21,6 +22,7 @@ COLUMNS = (
     ("ctcvr", "ne"),
     ("cvr", "auc"),
 )
+TITLES = {"auc": "AUC", "uauc": "UAUC", "logloss": "log loss", "ne": "NE"}
 
 
 def read_metrics(run: Path) -> dict[str, Any]:
@@ -42,9 +44,10 @@ def compare(runs: Sequence[Path], console: Console | None = None) -> None:
     if len(set(measured.values())) > 1:
         told = "; ".join(f"{run}: {n:,} impressions of {split}" for run, (split, _, n, _) in measured.items())
         raise UserError(f"these runs were measured on different requests, which cannot be compared ({told})")
-    table = Table("run", *(f"{task.upper()} {name}" for task, name in COLUMNS))
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
+    table.add_column("run", no_wrap=True)
+    for task, name in COLUMNS:
+        table.add_column(f"{task.upper()}\n{TITLES[name]}", justify="right", no_wrap=True)
     for run, content in metrics.items():
         table.add_row(run.name, *_cells(content))
     table.add_section()
