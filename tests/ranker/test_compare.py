@@ -24,7 +24,7 @@ def write_run(root: Path, name: str, auc: float | None, requests: int = 5) -> Pa
 def test_runs_references_and_oracle_side_by_side(tmp_path: Path):
     console = Console(record=True, width=150)
     compare([write_run(tmp_path, "mean", 0.61), write_run(tmp_path, "din", 0.625)], console)
-    rows = {line.split()[1]: line for line in console.export_text().splitlines() if len(line.split()) > 2}
+    rows = {line.split()[0]: line for line in console.export_text().splitlines() if len(line.split()) > 2}
     assert "0.6100" in rows["mean"]
     assert "0.6250" in rows["din"]
     assert "–" in rows["din"]
