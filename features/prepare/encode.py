@@ -60,12 +60,15 @@ def _look_up(values: pa.Array, vocabulary: pa.Table) -> pa.Array:
     known = vocabulary.column("value").combine_chunks()
     if len(known) == 0:
         return pa.array(np.zeros(len(values), dtype=np.int32))
-    place = pc.index_in(values, value_set=known, skip_nulls=True)
-    return pc.fill_null(pc.add(place, pa.scalar(1, pa.int32())), 0)
+    options = pc.SetLookupOptions(value_set=known, skip_nulls=True)
+    place = pc.fill_null(pc.call_function("index_in", [values], options), -1)
+    return pa.array(place.to_numpy(zero_copy_only=False) + np.int32(1))
 
 
 def _lengths(column: pa.Array) -> npt.NDArray[np.int64]:
-    return pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+    return (
+        pc.fill_null(pc.call_function("list_value_length", [column]), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+    )
 
 
 def _vectors(column: pa.Array) -> pa.Array:

@@ -1,4 +1,4 @@
-"""The two files of one partition: DuckDB hands over flat sorted columns, NumPy finds the boundaries between users and requests."""
+"""The two files of one partition: DuckDB hands over flat sorted columns, NumPy finds where users and requests begin."""
 
 from __future__ import annotations
 
@@ -24,19 +24,20 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Layout:
-    """What all partitions share; `priors` has the mean of each counter's value."""
+    """What all partitions share: dense `item_index` by number i, and the `priors`, mean of each counter's value."""
 
     config: PrepareConfig
     vocabularies: Vocabularies
     labels: list[str]
     oracles: list[str]
     priors: list[float]
+    item_index: npt.NDArray[np.int32]
     periods: Periods
 
 
 @dataclass(frozen=True)
 class Written:
-    """One partition on disk; `unsorted` counts events that stood in the files after a later one of their user."""
+    """One partition on disk; `unsorted` counts neighbours in a history that stand the other way round in the files."""
 
     info: PartitionInfo
     unsorted: int
@@ -82,13 +83,13 @@ def _write_histories(engine: Engine, layout: Layout, folder: Path, number: int) 
     about = f"writing histories of partition {number}"
     configured = layout.config.columns
     users = engine.table(
-        f"""SELECT n.index, a.* FROM user_index n LEFT JOIN user_attributes a USING (u) WHERE n.part = {number} ORDER BY n.index""",
+        f"""SELECT n.index, a.* FROM user_index n LEFT JOIN user_attributes a USING (u)
+        WHERE n.part = {number} ORDER BY n.index""",
         about,
     )
     side = "".join(f", e.{quote(stored('event', name))}" for name in configured.event)
     events = engine.table(
-        f"""SELECT n.row, x.index AS item, e.time, e.ordinal{side} FROM events e
-        JOIN user_index n ON e.u = n.u AND n.part = {number} JOIN item_index x ON e.i = x.i
+        f"""SELECT n.row, e.i, e.time, e.ordinal{side} FROM events e JOIN user_index n ON e.u = n.u AND n.part = {number}
         WHERE e.part = {number} ORDER BY n.row, e.time, e.ordinal""",
         about,
     )
@@ -96,7 +97,7 @@ def _write_histories(engine: Engine, layout: Layout, folder: Path, number: int) 
     offsets = np.searchsorted(row, np.arange(users.num_rows + 1))
     columns: dict[str, pa.Array] = {
         "user": _array(users, "index").cast(pa.int32()),
-        "item": _lists(offsets, _array(events, "item").cast(pa.int32())),
+        "item": _lists(offsets, pa.array(layout.item_index[_ints(events, "i")])),
         "time": _lists(offsets, _array(events, "time")),
     }
     for name, values in _encoded(events, "event", configured.event, layout).items():
@@ -124,7 +125,7 @@ def _write_requests(
         "row": pa.array(row.astype(np.int32)),
         "history_end": pa.array(history_ends(log.row, log.time, log.offsets, row, until).astype(np.int32)),
         "time": pa.array(began),
-        "items": _lists(bounds, _array(shown, "item").cast(pa.int32())),
+        "items": _lists(bounds, pa.array(layout.item_index[_ints(shown, "i")])),
     }
     first = shown.select([stored("request", name) for name in configured.request]).take(pa.array(starts))
     columns |= _encoded(first, "request", configured.request, layout)
@@ -134,15 +135,14 @@ def _write_requests(
     columns |= {name: _lists(bounds, values) for name, values in candidate.items()}
     write_arrow(pa.table(columns), folder / "requests.arrow")
     edges = np.searchsorted(split, np.arange(len(SPLITS) + 1))
-    ranges = {name: (int(edges[s]), int(edges[s + 1])) for s, name in enumerate(SPLITS)}
+    ranges: dict[Split, tuple[int, int]] = {n: (int(edges[s]), int(edges[s + 1])) for s, n in enumerate(SPLITS)}
     return ranges, {name: int(bounds[hi] - bounds[lo]) for name, (lo, hi) in ranges.items()}
 
 
 def _shown(engine: Engine, layout: Layout, number: int) -> pa.Table:
-    """Candidates of a partition in the order they are written: by split, history row, time, request, place in the files."""
+    """Candidates of a partition in the order of the file: split, history row, time, request, place in the logs."""
     return engine.table(
-        f"""SELECT s.* EXCLUDE (u, part, i), n.row, x.index AS item FROM staged s
-        JOIN user_index n ON s.u = n.u AND n.part = {number} JOIN item_index x ON s.i = x.i
+        f"""SELECT s.* EXCLUDE (u, part), n.row FROM staged s JOIN user_index n ON s.u = n.u AND n.part = {number}
         WHERE s.part = {number} ORDER BY s.split, n.row, s.began, s.request, s.ordinal""",
         f"writing requests of partition {number}",
     )
@@ -152,12 +152,13 @@ def _starts(split: Ints, row: Ints, began: Ints, request: pa.Array) -> Ints:
     if len(split) == 0:
         return np.zeros(0, dtype=np.int64)
     new = (split[1:] != split[:-1]) | (row[1:] != row[:-1]) | (began[1:] != began[:-1])
-    new |= pc.not_equal(request.slice(1), request.slice(0, len(request) - 1)).to_numpy(zero_copy_only=False)
+    differs = pc.call_function("not_equal", [request.slice(1), request.slice(0, len(request) - 1)])
+    new |= differs.to_numpy(zero_copy_only=False)
     return np.flatnonzero(np.concatenate([[True], new])).astype(np.int64)
 
 
 def _statistics(shown: pa.Table, layout: Layout) -> dict[str, pa.Array]:
-    """Columns of the counters: ``NAME_count`` = log1p(n), ``NAME_rate`` = (sum + k · prior) / (n + k), prior where both are 0."""
+    """``NAME_count`` = log1p(n) and ``NAME_rate`` = (sum + k · prior) / (n + k), the prior where n + k is 0."""
     found: dict[str, pa.Array] = {}
     for number, (config, prior) in enumerate(zip(layout.config.counters, layout.priors, strict=True)):
         n = _ints(shown, f"n{number}").astype(np.float64)

@@ -1,4 +1,8 @@
-"""Logs to a dataset folder, step by step. DuckDB sorts, joins and groups; what is in memory is bounded whatever the log's size."""
+"""Logs to a dataset folder, step by step.
+
+DuckDB sorts, joins and groups, in a scratch database; in memory is at most its limit and one partition, whatever the
+size of the logs. Tables on the way are described in :mod:`features.prepare.staging`.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +88,9 @@ class _Preparation:
             vocabulary = vocabularies.build(engine, config.columns, periods)
             item_columns = self._write_static(vocabulary)
         priors = [counters.prior(engine, c, periods.train_end) for c in config.counters]
-        written = self._write_partitions(Layout(config, vocabulary, labels, oracles, priors, periods), partitions)
+        written = self._write_partitions(
+            Layout(config, vocabulary, labels, oracles, priors, vocabularies.item_lookup(engine), periods), partitions
+        )
         with step("writing the manifest"):
             columns = self._columns(vocabulary, item_columns)
             manifest = Manifest(
@@ -146,7 +152,7 @@ class _Preparation:
                 written = write_partition(self.engine, layout, self.dataset, number)
             infos.append(written.info)
             unsorted += written.unsorted
-        self.counted["events that were out of order"] = unsorted
+        self.counted["breaks in the time order of users' events"] = unsorted
         self.counted["users without events"] = self._users_without("events")
         self.counted["users without impressions"] = self._users_without("requests")
         return infos
@@ -184,7 +190,8 @@ def _join(engine: Engine, counter_count: int) -> None:
 def _split_infos(engine: Engine, labels: list[str], known_items: int) -> dict[Split, SplitInfo]:
     sums = "".join(f", CAST(sum({quote('label.' + name)}) AS BIGINT)" for name in labels)
     shown = engine.rows(
-        f"SELECT split, count(*), count_if(index >= {known_items}){sums} FROM staged JOIN item_index USING (i) GROUP BY split",
+        f"""SELECT split, count(*), count_if(index >= {known_items}){sums}
+        FROM staged JOIN item_index USING (i) GROUP BY split""",
         "counting",
     )
     counted = {row[0]: row[1:] for row in shown}

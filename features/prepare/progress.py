@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from types import TracebackType
 
@@ -51,7 +51,7 @@ class Steps:
             self._bar.update(self._task, total=self._total)
 
     @contextmanager
-    def step(self, what: str) -> Iterator[None]:
+    def step(self, what: str) -> Generator[None]:
         """One step, timed."""
         began = time.monotonic()
         if self._bar is not None:

@@ -1,7 +1,7 @@
 """A dataset appears whole or not at all: everything is made in a sibling folder, synced, and renamed once.
 
-The folder ``.NAME.partial-PID`` is locked while its process lives. One that is left by a killed process has no lock, and the
-next preparation of the same output removes it.
+The folder ``.NAME.partial-PID`` is locked while its process lives. One that is left by a killed process has no lock:
+the next preparation of the same output removes it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from features.prepare.errors import PrepareError
 
 
 @contextmanager
-def staging(out: Path) -> Iterator[tuple[Path, Path]]:
+def staging(out: Path) -> Generator[tuple[Path, Path]]:
     """Yield (folder of the dataset to be, folder for scratch files); on success the former becomes `out`.
 
     Raises:
@@ -48,7 +48,8 @@ def staging(out: Path) -> Iterator[tuple[Path, Path]]:
                 os.close(lock)
     except OSError as error:
         raise PrepareError(
-            f"{error.filename or out}: cannot write ({error.strerror or error}); free space or correct permissions, then run again"
+            f"{error.filename or out}: cannot write ({error.strerror or error}); "
+            "free space or correct permissions, then run again"
         ) from error
 
 

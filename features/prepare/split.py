@@ -1,6 +1,7 @@
 """Requests, and which of train, valid and test each belongs to.
 
-Makes ``requests(u, part_of, request, began, split)``: `began` is the time of the request's first impression; split 0, 1, 2.
+Makes ``requests(u, part_of, request, began, split)``: `began` is the time of the request's first impression; `part_of`
+the split its source names, `split` the one it gets: 0 train, 1 valid, 2 test.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def split_requests(engine: Engine, table: Table, config: SplitConfig) -> Periods
     """
     if config.by == "column" and "@split" not in table.types:
         raise PrepareError(
-            f"{table.path}: split.by is 'column' but there is no split column; name it (columns: {{split: …}}), or split by time or last"
+            f"{table.path}: split.by is 'column' but there is no split column; "
+            "name it (columns: {split: …}), or split by time or last"
         )
     engine.run(
         f"""CREATE TABLE requests AS SELECT u, part_of, request, began, {_split_sql(config)} AS split
@@ -67,7 +69,8 @@ def _split_sql(config: SplitConfig) -> str:
             valid = instant_ms(config.valid_from, "split.valid_from") if config.valid_from else None
             if test is not None and valid is not None and valid >= test:
                 raise PrepareError(
-                    f"split.valid_from {config.valid_from} is not before split.test_from {config.test_from}; exchange them"
+                    f"split.valid_from {config.valid_from} is not before split.test_from {config.test_from}; "
+                    "exchange them"
                 )
             cases = [f"WHEN began >= {start} THEN {n}" for n, start in ((2, test), (1, valid)) if start is not None]
             return f"CAST(CASE {' '.join(cases)} ELSE 0 END AS TINYINT)"
@@ -80,7 +83,8 @@ def _split_sql(config: SplitConfig) -> str:
 def _carve_latest(engine: Engine, share: float) -> None:
     """Requests at or after an instant, the earliest with no more than `share` of training after it, validate."""
     start = engine.row(
-        f"""SELECT min(began) FROM (SELECT began, sum(count(*)) OVER (ORDER BY began DESC) AS later, sum(count(*)) OVER () AS total
+        f"""SELECT min(began) FROM (
+        SELECT began, sum(count(*)) OVER (ORDER BY began DESC) AS later, sum(count(*)) OVER () AS total
         FROM requests WHERE split = 0 GROUP BY began) WHERE later <= {share!r} * total""",
         "dividing requests",
     )[0]

@@ -16,6 +16,7 @@ from features.prepare.sources.tables import Logs, Table
 from features.schema import PrepareConfig
 
 SHARE_STEPS = 1_000_000
+ORACLE = "oracle_"  # columns of impressions with true probabilities
 _FIRST_SEEN = {"first_seen": "BIGINT"}
 
 
@@ -94,7 +95,8 @@ def derive_impressions(engine: Engine, logs: Logs, config: PrepareConfig) -> Tab
     )
     engine.run(
         f"""CREATE TABLE chosen AS SELECT ordinal FROM (
-            SELECT u, time, ordinal, sample, row_number() OVER (PARTITION BY u ORDER BY time, ordinal) - 1 AS before FROM events)
+            SELECT u, time, ordinal, sample, row_number() OVER (PARTITION BY u ORDER BY time, ordinal) - 1 AS before
+            FROM events)
         WHERE sample AND before >= {derive.min_history} {last}""",
         f"{events.path}: choosing samples",
     )
@@ -108,27 +110,29 @@ def derive_impressions(engine: Engine, logs: Logs, config: PrepareConfig) -> Tab
 
 
 def stage_impressions(engine: Engine, table: Table, config: PrepareConfig) -> tuple[list[str], list[str]]:
-    """Make the table ``impressions``; returns the labels and those with an oracle column.
+    """Make the table ``impressions``; returns the names of its labels and of its oracles.
 
     Raises:
         PrepareError: a label is missing or not 0 or 1.
     """
     labels = list(config.labels)
-    oracles = [name for name in labels if f"oracle_{name}" in table.types]
+    oracles = [name.removeprefix(ORACLE) for name in table.types if name.startswith(ORACLE)]
     selected = col.select(engine, table, "request", config.columns.request)
     selected += col.select(engine, table, "candidate", config.columns.candidate, _FIRST_SEEN)
     for name, expression in config.labels.items():
         sql = col.number(engine, table, expression, f"{table.path}: labels.{name}")
         selected.append(f"{sql} AS {quote('label.' + name)}")
     for name in oracles:
-        sql = col.number(engine, table, f"oracle_{name}", f"{table.path}: oracle_{name}")
+        sql = col.number(engine, table, ORACLE + name, f"{table.path}: {ORACLE}{name}")
         selected.append(f"CAST({sql} AS FLOAT) AS {quote('oracle.' + name)}")
     selected += _counted(engine, table, config, "impressions")
     request = '"@request"' if "@request" in table.types else "time"
     split = 'CAST("@split" AS TINYINT)' if "@split" in table.types else "CAST(0 AS TINYINT)"
     engine.run(
-        f"""CREATE TABLE impressions AS SELECT u, part, i, time, "@ordinal" AS ordinal, {request} AS request, {split} AS part_of{_list(selected)}
-        FROM (SELECT s.*, i.first_seen, i.i, u.u, u.part FROM {table.view} s JOIN users u ON s."@user" = u.user JOIN items i ON s."@item" = i.item)""",
+        f"""CREATE TABLE impressions AS SELECT "@u" AS u, "@part" AS part, "@i" AS i, time, "@ordinal" AS ordinal,
+        {request} AS request, {split} AS part_of{_list(selected)} FROM (
+            SELECT s.*, i.first_seen, i.i AS "@i", u.u AS "@u", u.part AS "@part" FROM {table.view} s
+            JOIN users u ON s."@user" = u.user JOIN items i ON s."@item" = i.item)""",
         f"{table.path}: staging impressions",
     )
     for name in labels:
@@ -150,7 +154,8 @@ def stage_attributes(engine: Engine, table: Table | None, config: PrepareConfig,
     if table is None:
         if configured:
             raise PrepareError(
-                f"columns.{scope}: the source has no table of {scope}s; name it under source.{scope}s, or remove the columns"
+                f"columns.{scope}: the source has no table of {scope}s; "
+                f"name it under source.{scope}s, or remove the columns"
             )
         engine.run(f"CREATE TABLE {scope}_attributes ({key} INTEGER)", f"staging {scope}s")
         return 0, 0
@@ -182,11 +187,12 @@ def _check_label(engine: Engine, name: str, expression: str, table: Table) -> No
 
 def _counted(engine: Engine, table: Table, config: PrepareConfig, of: str) -> list[str]:
     """The values that counters over this log add up."""
-    return [
-        f"{col.number(engine, table, c.value, f'{table.path}: counters.{c.name}.value')} AS {quote('counter.' + c.name)}"
-        for c in config.counters
-        if c.of == of
-    ]
+    selected: list[str] = []
+    for counter in config.counters:
+        if counter.of == of:
+            value = col.number(engine, table, counter.value, f"{table.path}: counters.{counter.name}.value")
+            selected.append(f"{value} AS {quote('counter.' + counter.name)}")
+    return selected
 
 
 def _list(selected: list[str]) -> str:

@@ -7,6 +7,7 @@ import datetime as dt
 from features.prepare.engine import Engine, is_integer, quote
 from features.prepare.errors import PrepareError
 from features.prepare.sources.tables import MS_PER_UNIT, Logs, Table
+from features.schema import TimeUnit
 
 
 def validate(engine: Engine, logs: Logs, time_range: tuple[str, str]) -> int:
@@ -69,11 +70,9 @@ def _validate_ids(engine: Engine, table: Table, keys: list[str]) -> int:
         null, negative, example = found[1 + 3 * position : 4 + 3 * position]
         about = table.about(key)
         if null and key == "split":
-            values = engine.rows(
-                f'SELECT DISTINCT CAST({quote(table.names[key])} AS VARCHAR) FROM {table.view} WHERE "@split" IS NULL LIMIT 3',
-                table.path,
-            )
-            names = ", ".join(repr(v[0]) for v in values)
+            source = f"CAST({quote(table.names[key])} AS VARCHAR)"
+            sql = f'SELECT DISTINCT {source} AS v FROM {table.view} WHERE "@split" IS NULL ORDER BY v LIMIT 3'
+            names = ", ".join(repr(v[0]) for v in engine.rows(sql, table.path))
             raise PrepareError(f"{about}: {null} of {total} rows hold {names}; a split is train, valid or test")
         if null:
             raise PrepareError(f"{about}: {null} of {total} ids are null; remove those rows or give them an id")
@@ -88,7 +87,8 @@ def _validate_ids(engine: Engine, table: Table, keys: list[str]) -> int:
 def _validate_times(engine: Engine, table: Table, earliest: int, latest: int) -> None:
     wrong = f"time < {earliest} OR time >= {latest}"
     total, null, outside, example, low, high = engine.row(
-        f"""SELECT count(*), count_if(time IS NULL), count_if({wrong}), arg_min(time, "@ordinal") FILTER ({wrong}), min(time), max(time)
+        f"""SELECT count(*), count_if(time IS NULL), count_if({wrong}), arg_min(time, "@ordinal") FILTER ({wrong}),
+        min(time), max(time)
         FROM {table.view}""",
         table.path,
     )
@@ -98,16 +98,17 @@ def _validate_times(engine: Engine, table: Table, earliest: int, latest: int) ->
     if not outside:
         return
     raw = example / MS_PER_UNIT[table.time_unit]
-    fitting = [
+    fitting: list[TimeUnit] = [
         unit for unit, scale in MS_PER_UNIT.items() if earliest <= raw * scale < latest and unit != table.time_unit
     ]
     if fitting:
-        likely = f"the value {raw:.0f} read as {fitting[0]} is {iso(round(raw * MS_PER_UNIT[fitting[0]]))}: set time_unit: {fitting[0]}"
+        unit = fitting[0]
+        likely = f"{raw:.0f} read as {unit} is {iso(round(raw * MS_PER_UNIT[unit]))}: set time_unit: {unit}"
     else:
         likely = "correct those rows, or widen time_range"
     raise PrepareError(
-        f"{about}: {outside} of {total} times lie outside time_range {iso(earliest)} … {iso(latest)}, e.g. {iso(example)} "
-        f"(from {iso(low)} to {iso(high)}); {likely}"
+        f"{about}: {outside} of {total} times lie outside time_range {iso(earliest)} … {iso(latest)}, "
+        f"e.g. {iso(example)} (all: {iso(low)} … {iso(high)}); {likely}"
     )
 
 
@@ -132,5 +133,6 @@ def _validate_same_kind(logs: Logs) -> None:
             first, kind = tables[0].types["@" + key], table.types["@" + key]
             if first != kind:
                 raise PrepareError(
-                    f"{table.about(key)} holds {kind} but {tables[0].about(key)} holds {first}; write both as the same type"
+                    f"{table.about(key)} holds {kind} but {tables[0].about(key)} holds {first}; "
+                    "write both as the same type"
                 )

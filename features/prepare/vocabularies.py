@@ -1,13 +1,15 @@
 """Dense indices of items and users, and the vocabularies of categorical columns.
 
-Makes ``item_index(i, item, index, first_seen)`` and ``user_index(u, user, part, index, row)``: known ones first, so that an
-index tells by its size whether training has seen the id. `row` is the user's row in the partition's histories.
+Makes ``item_index(i, item, known, index)`` and ``user_index(u, user, part, known, index, row)``: known ones first, so
+that an index tells by its size whether training has seen the id. `row` is the user's row in the partition's histories.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from features.prepare.columns import stored
@@ -29,16 +31,18 @@ class Index:
 def index_ids(engine: Engine, periods: Periods, item_min_count: int) -> Index:
     """Give every item and user of the logs its dense index, from 1."""
     engine.run(
-        f"""CREATE TABLE item_index AS SELECT i, item, CAST(row_number() OVER (ORDER BY known DESC, CASE WHEN known THEN n END DESC, i)
-            AS INTEGER) AS index, known FROM (
+        f"""CREATE TABLE item_index AS SELECT i, item, known,
+        CAST(row_number() OVER (ORDER BY known DESC, CASE WHEN known THEN n END DESC, i) AS INTEGER) AS index FROM (
         SELECT x.i, x.item, coalesce(c.n, 0) AS n, coalesce(c.n, 0) >= {item_min_count} AS known
         FROM items x LEFT JOIN (SELECT i, sum(n) AS n FROM (
             SELECT i, count(*) AS n FROM staged WHERE split = 0 GROUP BY i UNION ALL
-            SELECT i, count(*) AS n FROM events WHERE time <= {periods.train_end} GROUP BY i) GROUP BY i) c USING (i))""",
+            SELECT i, count(*) AS n FROM events WHERE time <= {periods.train_end} GROUP BY i)
+            GROUP BY i) c USING (i))""",
         "indexing items",
     )
     engine.run(
-        """CREATE TABLE user_index AS SELECT *, CAST(row_number() OVER (PARTITION BY part ORDER BY index) - 1 AS INTEGER) AS row FROM (
+        """CREATE TABLE user_index AS
+        SELECT *, CAST(row_number() OVER (PARTITION BY part ORDER BY index) - 1 AS INTEGER) AS row FROM (
         SELECT u, user, part, known, CAST(row_number() OVER (ORDER BY known DESC, u) AS INTEGER) AS index FROM (
         SELECT u, user, part, u IN (SELECT u FROM requests WHERE split = 0) AS known FROM users)) ORDER BY part""",
         "indexing users",
@@ -49,7 +53,7 @@ def index_ids(engine: Engine, periods: Periods, item_min_count: int) -> Index:
 
 
 def build(engine: Engine, columns: ColumnsConfig, periods: Periods) -> dict[str, pa.Table]:
-    """Vocabulary of each categorical (without edges) and bag column: `value`, `index`; most frequent first, then by value.
+    """Vocabulary of each categorical (without edges) and bag column: `value`, `index`; most frequent first.
 
     Item attributes are static: all items of the logs count. Other columns count what training has seen.
     """
@@ -67,6 +71,12 @@ def build(engine: Engine, columns: ColumnsConfig, periods: Periods) -> dict[str,
             if config.kind == "bag" or (config.kind == "categorical" and config.edges is None):
                 found[stored(scope, name)] = _vocabulary(engine, stored(scope, name), config, relation)
     return found
+
+
+def item_lookup(engine: Engine) -> npt.NDArray[np.int32]:
+    """Dense index by item number i; number 0 is not used."""
+    column = engine.table("SELECT index FROM item_index ORDER BY i", "indexing items").column("index")
+    return np.concatenate([np.zeros(1, np.int32), column.to_numpy().astype(np.int32)])
 
 
 def ids(engine: Engine, kind: str) -> pa.Table:

@@ -2,8 +2,8 @@
 
 Events are the union of both history files (they overlap: the pipeline drops what is there twice). Impressions are the
 in-view lists, one row an article; requests are the file's impressions. `click` and `conversion` are columns of ours:
-a conversion is a click whose article was read at least `conversion_read_s` seconds. Columns that tell what happened after
-the impression (`read_time`, `scroll_percentage`, `next_*`) are not offered to expressions over impressions.
+a conversion is a click whose article was read at least `conversion_read_s` seconds. Columns that tell what happened
+after the impression (`read_time`, `scroll_percentage`, `next_*`) are not offered to expressions over impressions.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def _events(engine: Engine, path: Path) -> Table:
     scan = parquet_scan([f for part in ("train", "val") for f in files_of(path / f"history_{part}.parquet")])
     exploded = f"""(SELECT file_index, file_row_number, user_id, unnest(article_id_fixed) AS article_id,
         unnest(impression_time_fixed) AS impression_time, unnest(read_time_fixed) AS read_time,
-        unnest(scroll_percentage_fixed) AS scroll_percentage, unnest(range(len(article_id_fixed))) AS place FROM {scan})"""
+        unnest(scroll_percentage_fixed) AS scroll_percentage, unnest(range(len(article_id_fixed))) AS place
+        FROM {scan})"""
     names = {"user": "user_id", "item": "article_id", "time": "impression_time"}
     return open_table(engine, "src_events", exploded, str(path / "history_*.parquet"), names, ordinal=_PLACE)
 
@@ -66,9 +67,7 @@ def _impressions(engine: Engine, source: EbnerdSource) -> tuple[Table, dict[str,
             article_ids_clicked AS clicked, next_read_time AS read_s FROM {scan} WHERE {keep})"""
         )
     exploded = f"(SELECT * EXCLUDE (clicked, read_s) FROM ({' UNION ALL BY NAME '.join(parts)}))"
-    names = {
-        "user": "user_id", "item": "article_id", "time": "impression_time", "request": "impression_id", "split": "split",
-    }  # fmt: skip
+    names = {"user": "user_id", "item": "article_id", "time": "impression_time", "request": "impression_id"}
     path = str(source.path / "behaviors_*.parquet")
     return open_table(engine, "src_impressions", exploded, path, names, ordinal=_PLACE), dropped
 

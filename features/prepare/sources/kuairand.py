@@ -1,4 +1,4 @@
-"""KuaiRand (https://kuairand.com): every exposure of a video with what the user did, from the original CSV or Parquet parts.
+"""KuaiRand (https://kuairand.com): every exposure of a video and what the user did, from original CSV or Parquet parts.
 
 Only the columns of the original ``log_standard*.csv`` are read; parts that others have enriched may bring derived ones.
 Exact duplicates are dropped and counted. Each exposure is an impression, and an event for the requests after it.

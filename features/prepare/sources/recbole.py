@@ -1,4 +1,4 @@
-"""RecBole's atomic files (https://recbole.io/docs/user_guide/data/atomic_files.html): tab separated, ``name:type`` headers.
+"""RecBole's atomic files, tab separated with ``name:type`` headers: https://recbole.io/docs/user_guide/data/atomic_files.html
 
 Values are never quoted: a quotation mark in a title is part of it.
 """
