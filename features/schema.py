@@ -228,6 +228,10 @@ class PrepareConfig(Strict):
         ("1995-01-01", "2100-01-01"), description="ISO dates between which every time must lie: catches wrong units"
     )
     partitions: int | None = Field(None, ge=1, description="number of user-hash partitions; default: from the logs' size")
-    rows_per_partition: int = Field(4_000_000, ge=1_000, description="default partitions are sized to hold about so many rows")
-    memory_limit_gb: float = Field(2.0, gt=0.1, description="memory of the out-of-core engine, GiB")
+    rows_per_partition: int = Field(
+        1_000_000, ge=1_000, description="default partitions are sized to hold about so many rows; one is in memory"
+    )
+    memory_limit_gb: float = Field(
+        1.0, gt=0.1, description="memory of the out-of-core engine, GiB; one partition comes on top"
+    )
     threads: int = Field(2, ge=1)

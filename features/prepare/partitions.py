@@ -89,7 +89,8 @@ def _write_histories(engine: Engine, layout: Layout, folder: Path, number: int) 
     )
     side = "".join(f", e.{quote(stored('event', name))}" for name in configured.event)
     events = engine.table(
-        f"""SELECT n.row, e.i, e.time, e.ordinal{side} FROM events e JOIN user_index n ON e.u = n.u AND n.part = {number}
+        f"""SELECT n.row, e.i, e.time, e.ordinal{side}
+        FROM events e JOIN user_index n ON e.u = n.u AND n.part = {number}
         WHERE e.part = {number} ORDER BY n.row, e.time, e.ordinal""",
         about,
     )
