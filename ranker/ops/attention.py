@@ -1,10 +1,10 @@
 """Attention of a request's candidates to a window of events, at a cost of Σ window lengths.
 
 Two forms with one signature: :func:`naive_window_attention` is the definition, a loop over requests;
-:func:`window_attention` cuts every window into chunks of `chunk` events and every candidate list into tiles, attends tile by
-chunk in one batched product, and merges a tile's chunks by the running-maximum rule of online softmax
-(Milakov & Gimelshein 2018; split keys as in FlashDecoding). Only the last chunk of a window is padded, so that time and
-memory follow Σ L and not R × max L.
+:func:`window_attention` cuts every window into chunks of events and every candidate list into tiles, attends tile by
+chunk in one batched product a head, and merges a tile's chunks by the rule of online softmax (Milakov & Gimelshein
+2018; split keys as in FlashDecoding). Only the last chunk of a window is padded, so that time and memory follow Σ L and
+not R × max L. A pair of a tile and a chunk is a *unit* of work.
 """
 
 import math
@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from ranker.ops.jagged import expand_windows, offsets_of
+from ranker.ops.jagged import expand_windows, offsets_of, segment_sum
 
 
 def naive_window_attention(
@@ -41,7 +41,7 @@ def window_attention(
     start: Tensor,
     end: Tensor,
     bias: Tensor | None = None,
-    chunk: int = 128,
+    chunk: int = 0,
 ) -> Tensor:
     """Multi-head softmax attention of the candidates of request r to the events ``[start[r], end[r])``.
 
@@ -51,49 +51,76 @@ def window_attention(
         k: `[T, h, d]` keys, v: `[T, h, dv]` values. Windows may overlap.
         start, end: `[R]` int64.
         bias: `[P, h]` added to the scaled logits of every pair (request, event), request after request.
-        chunk: events attended to at once.
+        chunk: events attended to at once; 0: the mean window's length to the next power of two, between 16 and 128.
 
     Returns:
         `[N, h, dv]`; zero for candidates of an empty window.
     """
-    requests, heads = start.numel(), q.size(1)
+    heads, d = q.size(1), q.size(2)
+    length = end - start
+    if chunk == 0:
+        events = int(length.sum())
+        chunk = 16
+        while chunk < 128 and chunk * length.numel() < events:
+            chunk *= 2
     per_request = q_offsets[1:] - q_offsets[:-1]
-    width = int(torch.ceil(per_request.sum() / max(requests, 1)).clamp(1, 128))  # candidates in a tile
-    tiles_of = (per_request + width - 1) // width
-    tile_rank, tile_request = expand_windows(torch.zeros_like(tiles_of), tiles_of)
+    width = int(torch.ceil(per_request.sum() / max(per_request.numel(), 1)).clamp(1, 128))  # candidates in a tile
+    tile_rank, tile_request = _split(per_request, width)
     tiles = tile_request.numel()
-    tile_first = q_offsets[:-1][tile_request] + tile_rank * width
-    lane = torch.arange(width, device=q.device)
-    rows = tile_first.unsqueeze(1) + lane  # [tiles, width]
-    real_row = rows < q_offsets[1:][tile_request].unsqueeze(1)
+    row = (q_offsets[:-1][tile_request] + tile_rank * width).unsqueeze(1) + torch.arange(width, device=q.device)
+    last_row = q_offsets[1:][tile_request].unsqueeze(1) - 1
+    real_row = row <= last_row  # [tiles, width]; places beyond a request's last candidate repeat it, and are dropped
 
-    chunks_of = ((end - start + chunk - 1) // chunk)[tile_request]
-    unit_chunk, unit_tile = expand_windows(torch.zeros_like(chunks_of), chunks_of)
+    unit_chunk, unit_tile = _split(length[tile_request], chunk)
     units = unit_tile.numel()
-    unit_request = tile_request[unit_tile]
-    within = unit_chunk.unsqueeze(1) * chunk + torch.arange(chunk, device=q.device)  # [units, chunk]
-    real = within < (end - start)[unit_request].unsqueeze(1)
-    within = torch.where(real, within, torch.zeros_like(within))
-    events = (start[unit_request].unsqueeze(1) + within).flatten()
-
-    # u unit, q query of the tile, c event of the chunk, h head
-    q_tile = q[torch.where(real_row, rows, torch.zeros_like(rows)).flatten()].view(tiles, width, heads, -1)
-    q_unit = q_tile[unit_tile].transpose(1, 2) * (1.0 / math.sqrt(q.size(2)))
-    k_unit = k.flatten(1).index_select(0, events).view(units, chunk, heads, -1).permute(0, 2, 3, 1)
-    v_unit = v.flatten(1).index_select(0, events).view(units, chunk, heads, -1).transpose(1, 2)
-    logits = torch.matmul(q_unit, k_unit)  # [u, h, q, c]
+    request = tile_request[unit_tile]
+    within = unit_chunk.unsqueeze(1) * chunk + torch.arange(chunk, device=q.device)  # [units, chunk], in the window
+    last = length[request].unsqueeze(1) - 1
+    offset = torch.zeros([units, chunk, 1], dtype=q.dtype, device=q.device)
+    offset = offset.masked_fill((within > last).unsqueeze(2), float("-inf"))
+    within = torch.minimum(within, last)
     if bias is not None:
-        first_pair = offsets_of(end - start)[:-1][unit_request].unsqueeze(1)
-        logits = logits + bias[(first_pair + within).flatten()].view(units, chunk, heads).permute(0, 2, 1).unsqueeze(2)
-    logits = logits.masked_fill(~real.view(units, 1, 1, chunk), float("-inf"))
+        pair = offsets_of(length)[:-1][request].unsqueeze(1) + within
+        offset = offset + bias.index_select(0, pair.flatten()).view(units, chunk, heads)
+    event = (start[request].unsqueeze(1) + within).flatten()
 
-    top = torch.full([tiles, heads, width], float("-inf"), dtype=logits.dtype, device=q.device)
-    index = unit_tile.view(-1, 1, 1).expand(units, heads, width)
-    top = top.scatter_reduce(0, index, logits.detach().amax(-1), "amax")
-    weight = torch.exp(logits - top[unit_tile].unsqueeze(-1))
-    total = torch.zeros([tiles, heads, width], dtype=weight.dtype, device=q.device)
-    total = total.index_add(0, unit_tile, weight.sum(-1))
-    summed = torch.zeros([tiles, heads, width, v.size(2)], dtype=v.dtype, device=q.device)
-    summed = summed.index_add(0, unit_tile, torch.matmul(weight, v_unit))
-    out = summed / total.unsqueeze(-1).clamp(min=1e-30)
-    return out.transpose(1, 2)[real_row]
+    q_tile = q.index_select(0, torch.minimum(row, last_row).flatten()).view(tiles, width, heads, d)
+    q_tile = (q_tile / math.sqrt(d)).permute(0, 2, 3, 1).flatten(1)  # [tiles, h · d · width]
+    q_of = q_tile.index_select(0, unit_tile).view(units, heads, d, width).unbind(1)
+    k_of = k.flatten(1).index_select(0, event).view(units, chunk, heads, d).unbind(2)
+    v_of = v.flatten(1).index_select(0, event).view(units, chunk, heads, v.size(2)).unbind(2)
+    offset_of = offset.expand(units, chunk, heads).unbind(2)
+    out: list[Tensor] = []
+    for head in range(heads):
+        # in place where autograd allows: the cost is memory traffic. [units, chunk, width]
+        logits = torch.bmm(k_of[head], q_of[head]).add_(offset_of[head].unsqueeze(2))
+        top = logits.detach().amax(1)
+        weight = logits.sub_(top.unsqueeze(1)).exp_()
+        summed = torch.bmm(weight.transpose(1, 2), v_of[head])
+        out.append(_merge(top, weight.sum(1), summed, unit_tile, tiles))
+    return torch.stack(out, 2)[real_row]
+
+
+def _split(lengths: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Cut segments into pieces of `size`: each piece's rank in its segment, and its segment, ascending."""
+    pieces = (lengths + size - 1) // size
+    return expand_windows(torch.zeros_like(pieces), pieces)
+
+
+def _merge(top: Tensor, total: Tensor, summed: Tensor, unit_tile: Tensor, tiles: int) -> Tensor:
+    """Softmax over a tile's units from each unit's own: every unit is rescaled to the tile's greatest logit.
+
+    Args:
+        top, total: `[units, width]` greatest logit, and sum of e^(logit − top).
+        summed: `[units, width, dv]` values weighted by e^(logit − top).
+
+    Returns:
+        `[tiles, width, dv]`, zero for a tile without units.
+    """
+    index = unit_tile.unsqueeze(1).expand_as(top)
+    greatest = torch.full([tiles, top.size(1)], float("-inf"), dtype=top.dtype, device=top.device)
+    greatest = greatest.scatter_reduce(0, index, top, "amax")
+    scale = torch.exp(top - greatest.index_select(0, unit_tile))
+    total = segment_sum(total * scale, unit_tile, tiles)
+    summed = segment_sum(summed * scale.unsqueeze(2), unit_tile, tiles)
+    return summed / total.clamp(min=1e-30).unsqueeze(2)

@@ -48,7 +48,8 @@ def expand_windows(start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
 
 def segment_sum(x: Tensor, segment: Tensor, segments: int) -> Tensor:
     """Sum the rows of `x` `[P, ...]` by `segment` `[P]`: `[segments, ...]`, zero where a segment has none."""
-    out = torch.zeros([segments] + list(x.shape[1:]), dtype=x.dtype, device=x.device)
+    shape = [segments] + list(x.shape[1:])  # noqa: RUF005  TorchScript unpacks no lists
+    out = torch.zeros(shape, dtype=x.dtype, device=x.device)
     return out.index_add(0, segment, x)
 
 
