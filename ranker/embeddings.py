@@ -1,7 +1,7 @@
 """The sparse part: every id table of the ranker, as TorchRec modules that the planner shards.
 
-Pooled features go through EmbeddingBagCollections, at request stride and at candidate stride; ids that are read one by one go
-through one EmbeddingCollection, whose tables history and candidates share, in one look-up.
+Pooled features go through EmbeddingBagCollections, at request stride and at candidate stride; ids that are read one by
+one go through one EmbeddingCollection, whose tables history and candidates share, in one look-up.
 """
 
 from functools import partial
@@ -13,13 +13,14 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConf
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from features.errors import UserError
 from features.selection import Feature, FeatureSpec
 from ranker.config import TablesConfig
 
 
 class Embedded(NamedTuple):
-    """request `[R, ·]` and candidate `[N, ·]`: pooled features side by side. event `[T, d]`, target `[N, d]`: d = the shared
-    sequence features side by side; an event has its event-only ids added."""
+    """request `[R, ·]` and candidate `[N, ·]`: pooled features side by side. event `[T, d]`, target `[N, d]`: d = the
+    shared sequence features side by side; an event has its event-only ids added."""
 
     request: Tensor
     candidate: Tensor
@@ -32,6 +33,14 @@ class Tables(nn.Module):
 
     def __init__(self, spec: FeatureSpec, config: TablesConfig, device: torch.device | None = None) -> None:
         super().__init__()
+        pooled = [f.name for f in (*spec.request, *spec.candidate)]
+        for name, dim in config.dims.items():
+            if name not in pooled:
+                raise UserError(
+                    f"tables.dims.{name}: not a pooled feature; this model has {', '.join(pooled) or 'none'}"
+                )
+            if dim < 4 or dim % 4:
+                raise UserError(f"tables.dims.{name}: {dim}; must be a multiple of 4, at least 4")
         start = partial(nn.init.uniform_, a=-config.init_scale, b=config.init_scale)
         width = {f.name: config.dims.get(f.name, config.dim) for f in (*spec.request, *spec.candidate)}
         self.dim = config.dim * len(spec.sequence)
@@ -83,7 +92,9 @@ class Tables(nn.Module):
         self._target_keys = [f"candidate:{name}" for name in self.shared]
         self._event_keys = [f"history:{name}" for name in self.added]
 
-    def forward(self, request: KeyedJaggedTensor, candidate: KeyedJaggedTensor, sequence: KeyedJaggedTensor) -> Embedded:
+    def forward(
+        self, request: KeyedJaggedTensor, candidate: KeyedJaggedTensor, sequence: KeyedJaggedTensor
+    ) -> Embedded:
         """Look everything up. See :class:`features.batch.RequestBatch` for strides."""
         empty = torch.zeros([request.stride(), 0], device=sequence.values().device)
         of_request = empty if self.request is None else self.request(request).values()

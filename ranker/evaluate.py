@@ -1,4 +1,4 @@
-"""`ranker evaluate RUN --split test`: score a split with the run's best checkpoint, beside the references and the oracle."""
+"""`ranker evaluate RUN --split test`: score a split with the run's best checkpoint, beside references and oracle."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from features.errors import UserError
-from features.loader import Loader
 from features.schema import SPLITS, Split
 from features.selection import resolve
 from ranker import checkpoint
-from ranker.config import TrainConfig
 from ranker.model import Ranker
-from ranker.predict import predict, selection_of
+from ranker.predict import predict, refuse_not_finite, scoring_loader, selection_of
 from ranker.ranks import Ranks, join_ranks
 from ranker.references import fit_references
 from ranker.report import Report, make_report, print_report, write_metrics
@@ -30,7 +28,7 @@ def restore(run: Run, ranks: Ranks) -> Ranker:
     dataset = run.dataset()
     spec = resolve(run.config.features, dataset.manifest)
     model, _ = shard(build(spec, run.config, run.moments()), run.config.tables, ranks)
-    checkpoint.load(run.best(), model, None, ranks)
+    checkpoint.load(run.best(), model, None)
     return model  # type: ignore[return-value]
 
 
@@ -46,10 +44,11 @@ def evaluate(run_root: Path, split: Split = "test") -> Report | None:
         raise UserError(f"--split {split}: not in {dataset.root}; it has {', '.join(dataset.manifest.filled_splits())}")
     with join_ranks(config.training.device, config.training.threads, config.loader.workers) as ranks:
         selection = selection_of(config, dataset, resolve(config.features, dataset.manifest))
-        loader = Loader(dataset, (split,), selection, config.loader, rank=ranks.rank, world=ranks.world)
+        loader = scoring_loader(config, dataset, split, selection, ranks)
         predictions = predict(restore(run, ranks), loader, config, ranks, f"score {split}")
     if predictions is None:
         return None
+    refuse_not_finite(predictions)
     labels = (config.tasks.click, config.tasks.conversion)
     references = fit_references(dataset, config.training.splits, labels=labels)
     unknown = int(np.count_nonzero(predictions.item >= dataset.manifest.known_items))

@@ -1,4 +1,7 @@
-"""The ranker: tables, DIN on the short history, long-sequence blocks, tower. One forward pass scores R requests × their candidates."""
+"""The ranker: tables, DIN on the short history, long-sequence blocks, tower.
+
+One forward pass scores R requests × their candidates.
+"""
 
 from typing import NamedTuple
 

@@ -9,6 +9,7 @@ from torch import nn
 from features.dataset import Dataset
 from features.errors import UserError
 from features.loader import Loader, Selection
+from features.schema import Split
 from features.selection import FeatureSpec
 from ranker.config import TrainConfig
 from ranker.metrics import Predictions, gather_predictions
@@ -26,9 +27,25 @@ def selection_of(config: TrainConfig, dataset: Dataset, spec: FeatureSpec) -> Se
     labels = [config.tasks.click] + ([config.tasks.conversion] if config.tasks.conversion else [])
     for key, label in zip(("click", "conversion"), labels, strict=False):
         if label not in dataset.manifest.labels:
-            raise UserError(f"tasks.{key}: {label!r} is not a label of {dataset.root}; it has {', '.join(dataset.manifest.labels)}")
+            have = ", ".join(dataset.manifest.labels)
+            raise UserError(f"tasks.{key}: {label!r} is not a label of {dataset.root}; it has {have}")
     oracles = tuple(labels) if set(labels) <= set(dataset.manifest.oracles) else ()
     return Selection(spec, tuple(labels), config.history_length, oracles)
+
+
+def scoring_loader(config: TrainConfig, dataset: Dataset, split: Split, selection: Selection, ranks: Ranks) -> Loader:
+    """A split in file order. Its batches, and so its scores, do not depend on how many ranks share it."""
+    loader = config.loader.model_copy(update={"shards": None})
+    return Loader(dataset, (split,), selection, loader, rank=ranks.rank, world=ranks.world)
+
+
+def refuse_not_finite(predictions: Predictions) -> None:
+    """Raise UserError where a score is NaN."""
+    if bad := int(np.count_nonzero(~np.isfinite(predictions.p_ctr))):
+        raise UserError(
+            f"{bad:,} of {len(predictions):,} scores are not finite: training diverged; lower optimizer.lr or "
+            "tables.lr, or look for extreme values in features.dense"
+        )
 
 
 @torch.no_grad()

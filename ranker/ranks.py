@@ -5,12 +5,17 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+from features.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,20 @@ class Ranks:
         dist.all_reduce(tensor)
         return float(tensor)
 
+    def agree(self, make: Callable[[], T]) -> T:
+        """What `make` gives on the first rank, on every rank; its UserError too, so that no rank waits in vain."""
+        outcome: list[T | UserError | None] = [None]
+        if self.first:
+            try:
+                outcome[0] = make()
+            except UserError as error:
+                outcome[0] = error
+        if self.world > 1:
+            dist.broadcast_object_list(outcome)
+        if isinstance(outcome[0], UserError):
+            raise outcome[0]
+        return outcome[0]  # type: ignore[return-value]
+
     def barrier(self) -> None:
         """Wait for every rank."""
         if self.world > 1:
@@ -51,22 +70,36 @@ def _quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def _cuda_device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        raise UserError("training.device: cuda, but torch sees no CUDA device (`ranker doctor`); set it to auto or cpu")
+    if local_rank >= (count := torch.cuda.device_count()):
+        raise UserError(
+            f"training.device: rank {local_rank} of this machine has no GPU of its own, there are {count}; "
+            "start at most so many ranks here, or set it to cpu"
+        )
+    return torch.device("cuda", local_rank)
+
+
 @contextmanager
-def join_ranks(device: str = "auto", threads: int | None = None, workers: int = 0) -> Iterator[Ranks]:
+def join_ranks(device: str = "auto", threads: int | None = None, workers: int = 0) -> Generator[Ranks]:
     """Join the process group that the environment describes, or make one of this process alone; leave it at the end.
 
     Args:
         device: auto, cpu or cuda.
-        threads: CPU threads of this process; default: the machine's cores divided by its ranks, less the loader's workers.
-            More threads than cores cost far more than they bring: OpenMP's threads spin while they wait for one another.
+        threads: CPU threads of this process; default: the machine's cores divided by its ranks, less the loader's
+            workers. More threads than cores cost far more than they bring: OpenMP's threads spin while they wait.
         workers: loader processes of this rank.
+
+    Raises:
+        UserError: there is no CUDA device for this rank.
     """
     _quiet_libraries()
     world = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
-    where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    where = _cuda_device(int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(where)
     torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_world - workers))

@@ -5,7 +5,7 @@ Layout::
     config.yaml      the resolved config
     run.json         dataset hash, versions, git commit, command, ranks
     moments.json     mean and deviation of each dense feature
-    checkpoints/     step-00000100/ …; best.json names the best by the monitored metric
+    checkpoints/     step-00000100/ …; the position.json of each names the best so far by the monitored metric
     tensorboard/     scalars
     metrics.json     written by `ranker evaluate`
 """
@@ -18,14 +18,24 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import cast
 
 from features.config_file import dump_config, load_config
 from features.dataset import Dataset
 from features.errors import UserError
+from ranker import checkpoint
 from ranker.config import TrainConfig
 from ranker.model import Moments
 
 PACKAGES = ("torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu", "numpy", "pyarrow", "duckdb")
+
+
+# what a resumed run may not change, and what of it it may
+_FIXED = (
+    "seed", "features", "tables", "model", "tasks", "loader",
+    "training.splits", "training.validation_split", "training.monitor",
+)  # fmt: skip
+_FREE = ("tables.pooled_sharding", "tables.sequence_sharding", "loader.workers", "loader.prefetch")
 
 
 class RunError(UserError):
@@ -56,11 +66,25 @@ def git_commit() -> str | None:
         return None
 
 
-def write_json(path: Path, value: object) -> None:
+def write_text(path: Path, text: str) -> None:
     """Write aside, then rename."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(value, indent=2) + "\n")
+    aside.write_text(text)
     os.replace(aside, path)
+
+
+def write_json(path: Path, value: object) -> None:
+    """The same for a value as JSON."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def _leaves(value: object, path: str = "") -> dict[str, object]:
+    """The values of a config by their dotted key; a list is one value."""
+    if not isinstance(value, dict) or not value:
+        return {path: value}
+    inner = cast("dict[str, object]", value)
+    below = (_leaves(inner[name], f"{path}.{name}" if path else name) for name in inner)
+    return {key: leaf for leaves in below for key, leaf in leaves.items()}
 
 
 class Run:
@@ -73,7 +97,7 @@ class Run:
     def __init__(self, root: Path) -> None:
         self.root = Path(root)
         if not (self.root / "run.json").is_file():
-            raise RunError(f"{self.root}: no run.json; not a run folder (`ranker train CONFIG --out {self.root}` makes one)")
+            raise RunError(f"{self.root}: no run.json; not a run folder (`ranker train CONFIG --out …` makes one)")
         self.config = load_config(self.root / "config.yaml", TrainConfig)
         self.info: dict[str, object] = json.loads((self.root / "run.json").read_text())
 
@@ -86,7 +110,7 @@ class Run:
         """
         refuse_existing(root)
         root.mkdir(parents=True, exist_ok=True)
-        (root / "config.yaml").write_text(dump_config(config))
+        write_text(root / "config.yaml", dump_config(config))
         write_json(root / "moments.json", moments)
         info = {
             "dataset": {"name": dataset.manifest.name, "content_hash": dataset.manifest.content_hash},
@@ -99,6 +123,25 @@ class Run:
         write_json(root / "run.json", info)
         return cls(root)
 
+    def go_on_with(self, config: TrainConfig) -> None:
+        """Take another config from here on: a run may be trained longer, not differently.
+
+        Raises:
+            RunError: the config makes another model, or teaches or judges it by other examples.
+        """
+        old, new = _leaves(self.config.model_dump(mode="json")), _leaves(config.model_dump(mode="json"))
+        for key in old | new:
+            if old.get(key) != new.get(key) and key.startswith(_FIXED) and not key.startswith(_FREE):
+                raise RunError(
+                    f"{key}: {new.get(key)!r}, but {self.root} was trained with {old.get(key)!r}; resume with the "
+                    "run's own config.yaml, or start a new run"
+                )
+        self.config = config
+
+    def save_config(self) -> None:
+        """Write ``config.yaml``."""
+        write_text(self.root / "config.yaml", dump_config(self.config))
+
     def dataset(self) -> Dataset:
         """The run's dataset.
 
@@ -110,8 +153,9 @@ class Run:
         assert isinstance(trained_on, dict)
         if dataset.manifest.content_hash != trained_on["content_hash"]:
             raise RunError(
-                f"{self.config.dataset}: content hash {dataset.manifest.content_hash[:12]}…, but {self.root} was trained on "
-                f"{trained_on['content_hash'][:12]}… ({trained_on['name']}); prepare that dataset again or train a new run"
+                f"{self.config.dataset}: content hash {dataset.manifest.content_hash[:12]}…, but {self.root} was "
+                f"trained on {trained_on['content_hash'][:12]}… ({trained_on['name']}); prepare that one again or "
+                "train a new run"
             )
         return dataset
 
@@ -122,7 +166,7 @@ class Run:
 
     def checkpoints(self) -> list[Path]:
         """Whole checkpoints, oldest first."""
-        return sorted((self.root / "checkpoints").glob("step-*"))
+        return checkpoint.all_of(self.root)
 
     def best(self) -> Path:
         """The checkpoint to use: the best validated, else the last.
@@ -130,12 +174,10 @@ class Run:
         Raises:
             RunError: there is none.
         """
-        best = self.root / "checkpoints" / "best.json"
-        if best.is_file():
-            return self.root / "checkpoints" / json.loads(best.read_text())["checkpoint"]
         if not (checkpoints := self.checkpoints()):
-            raise RunError(f"{self.root}: no checkpoint yet; train it, or go on with `ranker train … --out {self.root} --resume`")
-        return checkpoints[-1]
+            raise RunError(f"{self.root}: no checkpoint yet; go on with `ranker train … --out {self.root} --resume`")
+        best = checkpoint.position_of(checkpoints[-1]).best_step
+        return checkpoints[-1] if best is None else checkpoint.path_of(self.root, best)
 
 
 def refuse_existing(root: Path) -> None:

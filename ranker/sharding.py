@@ -1,11 +1,10 @@
 """Place the tables on ranks with TorchRec's planner, and put the optimisers where they belong.
 
-Table optimisers run in the backward pass, fused with the gradient; dense parameters are averaged over ranks and stepped by Adam.
+Table optimisers run in the backward pass, fused with the gradient; dense gradients are averaged over ranks and stepped
+by Adam.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -66,13 +65,12 @@ def shard(model: Ranker, config: TablesConfig, ranks: Ranks) -> tuple[Distribute
         for name, kind in tables.items()
     }
     planner = EmbeddingShardingPlanner(
-        topology=Topology(
-            world_size=ranks.world, local_world_size=ranks.local_world, compute_device=ranks.device.type
-        ),
+        topology=Topology(world_size=ranks.world, local_world_size=ranks.local_world, compute_device=ranks.device.type),
         constraints=constraints,
     )
     sharders: list[ModuleSharder[nn.Module]] = [EmbeddingBagCollectionSharder(), EmbeddingCollectionSharder()]  # type: ignore[list-item]
-    plan = _plan_once(lambda: _checked_plan(planner, model, sharders, tables, config))
+    # rank 0 plans for all: the planner's ties break differently from rank to rank
+    plan = ranks.agree(lambda: _checked_plan(planner, model, sharders, tables, config))
     group = dist.group.WORLD
     assert group is not None
     sharded = DistributedModelParallel(
@@ -99,22 +97,6 @@ def _checked_plan(
     return plan
 
 
-def _plan_once(make: Callable[[], ShardingPlan]) -> ShardingPlan:
-    """Plan on rank 0 and give every rank the plan, or the error: the planner's ties break differently from rank to rank, and
-    a planner that failed on one rank alone would leave the others waiting."""
-    outcome: list[ShardingPlan | ShardingError | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = make()
-        except ShardingError as error:
-            outcome[0] = ShardingError(str(error))
-    dist.broadcast_object_list(outcome)
-    if isinstance(outcome[0], ShardingError):
-        raise outcome[0]
-    assert outcome[0] is not None
-    return outcome[0]
-
-
 def describe_plan(plan: ShardingPlan) -> list[tuple[str, str, str, str]]:
     """Rows of the plan: table, sharding, kernel, ranks."""
     rows: list[tuple[str, str, str, str]] = []
@@ -125,10 +107,10 @@ def describe_plan(plan: ShardingPlan) -> list[tuple[str, str, str, str]]:
     return sorted(rows)
 
 
-def optimizer_of(model: DistributedModelParallel, config: OptimizerConfig) -> tuple[CombinedOptimizer, KeyedOptimizerWrapper]:
+def optimizer_of(
+    model: DistributedModelParallel, config: OptimizerConfig
+) -> tuple[CombinedOptimizer, torch.optim.Adam]:
     """All optimisers together (for checkpoints and steps), and the dense one among them (for its learning rate)."""
-    dense = KeyedOptimizerWrapper(
-        dict(in_backward_optimizer_filter(model.named_parameters())),
-        lambda parameters: torch.optim.Adam(parameters, lr=config.lr, weight_decay=config.weight_decay),
-    )
-    return CombinedOptimizer([model.fused_optimizer, dense]), dense
+    parameters = dict(in_backward_optimizer_filter(model.named_parameters()))
+    adam = torch.optim.Adam(parameters.values(), lr=config.lr, weight_decay=config.weight_decay)
+    return CombinedOptimizer([model.fused_optimizer, KeyedOptimizerWrapper(parameters, lambda _: adam)]), adam
