@@ -188,8 +188,10 @@ class HistoryConfig(Strict):
     """What a history may contain."""
 
     label_delay_s: float = Field(0.0, ge=0, description="an event enters histories so many seconds after it happened")
-    freeze: Literal["none", "split"] = Field(
-        "none", description="split: histories end where the split's first request begins (a daily snapshot)"
+    freeze: Literal["none", "day", "split"] = Field(
+        "none",
+        description="day: histories end at the last midnight (UTC) before the request, a daily snapshot; "
+        "split: where the split's first request begins",
     )
 
 

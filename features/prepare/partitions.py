@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from features.dataset import PartitionInfo, partition_dir, write_arrow
+from features.dataset import PartitionInfo, SplitInfo, partition_dir, write_arrow
 from features.prepare import counters
 from features.prepare.columns import stored
 from features.prepare.encode import Vocabularies, encode
@@ -20,6 +20,7 @@ from features.prepare.split import Periods
 from features.schema import SPLITS, ColumnConfig, PrepareConfig, Scope, Split
 
 Ints = npt.NDArray[np.int64]
+DAY_MS = 86_400_000
 
 
 @dataclass(frozen=True)
@@ -32,15 +33,17 @@ class Layout:
     oracles: list[str]
     priors: list[float]
     item_index: npt.NDArray[np.int32]
+    known_items: int
     periods: Periods
 
 
 @dataclass(frozen=True)
 class Written:
-    """One partition on disk; `unsorted` counts neighbours in a history that stand the other way round in the files."""
+    """One partition on disk: its place in the manifest, its share of each split, and findings by name."""
 
     info: PartitionInfo
-    unsorted: int
+    splits: dict[Split, SplitInfo]
+    counted: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -52,15 +55,38 @@ class _Log:
     offsets: Ints
 
 
+@dataclass(frozen=True)
+class _Requests:
+    """What is counted of a partition's requests [R] and their candidates [N] ``bounds[r]:bounds[r + 1]``."""
+
+    split: Ints
+    row: Ints
+    bounds: Ints
+    items: npt.NDArray[np.int32]
+    labels: dict[str, npt.NDArray[np.float32]]
+
+
 def write_partition(engine: Engine, layout: Layout, root: Path, number: int) -> Written:
     """Write histories.arrow and requests.arrow of one partition."""
     folder = partition_dir(root, number)
     log, unsorted = _write_histories(engine, layout, folder, number)
-    requests, impressions = _write_requests(engine, layout, folder, number, log)
+    columns = _write_requests(engine, layout, folder, number, log)
+    splits = _split_infos(columns, layout)
+    ends = np.cumsum([info.requests for info in splits.values()])
     info = PartitionInfo(
-        histories=len(log.offsets) - 1, events=len(log.row), requests=requests, impressions=impressions
+        histories=len(log.offsets) - 1,
+        events=len(log.row),
+        requests={
+            name: (int(end) - part.requests, int(end)) for end, (name, part) in zip(ends, splits.items(), strict=True)
+        },
+        impressions={name: part.impressions for name, part in splits.items()},
     )
-    return Written(info, unsorted)
+    counted = {
+        "breaks in the time order of users' events": unsorted,
+        "users without events": int(np.count_nonzero(np.diff(log.offsets) == 0)),
+        "users without impressions": info.histories - len(np.unique(columns.row)),
+    }
+    return Written(info, splits, counted)
 
 
 def history_ends(log_row: Ints, log_time: Ints, offsets: Ints, row: Ints, until: Ints) -> Ints:
@@ -109,9 +135,7 @@ def _write_histories(engine: Engine, layout: Layout, folder: Path, number: int) 
     return _Log(row, time, offsets), unsorted
 
 
-def _write_requests(
-    engine: Engine, layout: Layout, folder: Path, number: int, log: _Log
-) -> tuple[dict[Split, tuple[int, int]], dict[Split, int]]:
+def _write_requests(engine: Engine, layout: Layout, folder: Path, number: int, log: _Log) -> _Requests:
     configured = layout.config.columns
     shown = _shown(engine, layout, number)
     split, row, began = _ints(shown, "split"), _ints(shown, "row"), _ints(shown, "began")
@@ -122,11 +146,14 @@ def _write_requests(
     if layout.config.history.freeze == "split":
         firsts = np.array([layout.periods.first.get(name, 0) for name in SPLITS], dtype=np.int64)
         until = np.minimum(until, firsts[split])
+    elif layout.config.history.freeze == "day":
+        until = np.minimum(until, began // DAY_MS * DAY_MS)
+    items = layout.item_index[_ints(shown, "i")]
     columns: dict[str, pa.Array] = {
         "row": pa.array(row.astype(np.int32)),
         "history_end": pa.array(history_ends(log.row, log.time, log.offsets, row, until).astype(np.int32)),
         "time": pa.array(began),
-        "items": _lists(bounds, pa.array(layout.item_index[_ints(shown, "i")])),
+        "items": _lists(bounds, pa.array(items)),
     }
     first = shown.select([stored("request", name) for name in configured.request]).take(pa.array(starts))
     columns |= _encoded(first, "request", configured.request, layout)
@@ -135,9 +162,27 @@ def _write_requests(
         candidate[name] = _array(shown, name).cast(pa.float32())
     columns |= {name: _lists(bounds, values) for name, values in candidate.items()}
     write_arrow(pa.table(columns), folder / "requests.arrow")
-    edges = np.searchsorted(split, np.arange(len(SPLITS) + 1))
-    ranges: dict[Split, tuple[int, int]] = {n: (int(edges[s]), int(edges[s + 1])) for s, n in enumerate(SPLITS)}
-    return ranges, {name: int(bounds[hi] - bounds[lo]) for name, (lo, hi) in ranges.items()}
+    labels = {n: candidate[f"label.{n}"].to_numpy(zero_copy_only=False) for n in layout.labels}
+    return _Requests(split, row, bounds, items, labels)
+
+
+def _split_infos(requests: _Requests, layout: Layout) -> dict[Split, SplitInfo]:
+    """This partition's share of each split; its users are in no other partition."""
+    edges = np.searchsorted(requests.split, np.arange(len(SPLITS) + 1))
+    infos: dict[Split, SplitInfo] = {}
+    for number, name in enumerate(SPLITS):
+        low, high = edges[number], edges[number + 1]
+        first, last = requests.bounds[low], requests.bounds[high]
+        infos[name] = SplitInfo(
+            requests=int(high - low),
+            impressions=int(last - first),
+            users=len(np.unique(requests.row[low:high])),
+            first_ms=layout.periods.first.get(name, 0),
+            last_ms=layout.periods.last.get(name, 0),
+            positives={n: int(np.count_nonzero(values[first:last])) for n, values in requests.labels.items()},
+            unknown_items=int(np.count_nonzero(requests.items[first:last] >= layout.known_items)),
+        )
+    return infos
 
 
 def _shown(engine: Engine, layout: Layout, number: int) -> pa.Table:

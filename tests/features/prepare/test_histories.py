@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from features.prepare.partitions import history_ends
 from tests.features.prepare import logs
-from tests.features.prepare.logs import START
+from tests.features.prepare.logs import DAY, START
 
 
 def test_a_planted_leak_is_excluded(tmp_path: Path) -> None:
@@ -106,17 +106,18 @@ _shown = st.lists(
 
 
 @settings(max_examples=12, deadline=None)
-@given(_events, _shown, st.integers(0, 4), st.sampled_from(["none", "split"]))
+@given(_events, _shown, st.integers(0, 4), st.sampled_from(["none", "day", "split"]))
 def test_histories_equal_brute_force(
     log: list[tuple[int, int, int]], shown: list[tuple[int, int, str]], delay: int, freeze: str
 ) -> None:
     """Over random small logs full of ties."""
     shown = [(0, 6, "train"), *shown]
+    start = (START // DAY + 1) * DAY - 5  # a midnight lies within the log
     tables: dict[str, Any] = {
         "impressions": {
             "user": [u for u, _, _ in shown],
             "item": [5] * len(shown),
-            "time": [START + t for _, t, _ in shown],
+            "time": [start + t for _, t, _ in shown],
             "request": list(range(len(shown))),
             "click": [0] * len(shown),
             "split": [s for _, _, s in shown],
@@ -125,7 +126,7 @@ def test_histories_equal_brute_force(
     if log:
         columns = zip(*log, strict=True)
         tables["events"] = dict(zip(("user", "item", "time"), map(list, columns), strict=True))
-        tables["events"]["time"] = [START + t for t in tables["events"]["time"]]
+        tables["events"]["time"] = [start + t for t in tables["events"]["time"]]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source = logs.write(folder / "in", **tables)
@@ -135,9 +136,10 @@ def test_histories_equal_brute_force(
     unique = sorted(set(log), key=lambda e: (e[2], log.index(e)))
     expected: dict[int, list[tuple[int, int]]] = {}
     for number, (user, time, split) in enumerate(shown):
-        until = min(time - delay, firsts[split]) if freeze == "split" else time - delay
-        expected[number] = [(i, START + t) for u, i, t in unique if u == user and t < until]
-    keys = {number: (shown[number][2], shown[number][0], START + shown[number][1]) for number in expected}
+        midnight = (start + time) // DAY * DAY - start
+        until = min(time - delay, {"none": time, "day": midnight, "split": firsts[split]}[freeze])
+        expected[number] = [(i, start + t) for u, i, t in unique if u == user and t < until]
+    keys = {number: (shown[number][2], shown[number][0], start + shown[number][1]) for number in expected}
     assert len(found) == len(expected)
     assert sorted((r.split, r.user, r.time, r.history) for r in found) == sorted(
         (*keys[number], history) for number, history in expected.items()
@@ -162,3 +164,15 @@ def test_history_ends_with_times_far_apart() -> None:
     asked = np.array([0, 0, 0, 1, 1, 2], dtype=np.int64)
     until = np.array([0, 1, 2**62 + 1, 5, 6, 9], dtype=np.int64)
     assert history_ends(row, time, offsets, asked, until).tolist() == [0, 1, 2, 0, 1, 0]
+
+
+def test_histories_frozen_daily_end_at_midnight(tmp_path: Path) -> None:
+    """A request sees nothing of its own day (UTC)."""
+    midnight = START // DAY * DAY + DAY
+    source = logs.write(
+        tmp_path / "in",
+        events={"user": [1] * 3, "item": [10, 11, 12], "time": [midnight - 1, midnight, midnight + 5]},
+        impressions={"user": [1], "item": [10], "time": [midnight + 9], "click": [0], "split": ["train"]},
+    )
+    (request,) = logs.requests(logs.prepared(logs.config(source, history={"freeze": "day"}), tmp_path / "out"))
+    assert [item for item, _ in request.history] == [10]
