@@ -19,8 +19,8 @@ def esmm_loss(logits: Tensor, labels: Tensor) -> Tensor:
     if logits.size(1) == 1:
         return ctr.unsqueeze(0)
     log_p = logsigmoid(logits[:, 0]) + logsigmoid(logits[:, 1])
-    # 1 − p stays exact near p = 1: log(1 − e^x) by expm1 (x < 0)
-    log_not_p = torch.log(-torch.expm1(log_p.clamp(max=-1e-7)))
+    # 1 − p stays exact near p = 1, log(1 − e^x) by expm1 (x < 0), so that a confident mistake is still pushed back
+    log_not_p = torch.log(-torch.expm1(log_p.clamp(max=-torch.finfo(log_p.dtype).tiny)))
     both = labels[:, 0] * labels[:, 1]
     ctcvr = -(both * log_p + (1 - both) * log_not_p).sum()
     return torch.stack([ctr, ctcvr])

@@ -1,0 +1,141 @@
+"""The chunked attention against its definition, the loop over requests."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from ranker.ops.attention import naive_window_attention, window_attention
+from tests.ranker.histories import EDGES, Shape, assert_same, outside, shape, shapes
+
+
+def operands(batch: Shape, heads: int, d: int, dv: int, bias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """q, k, v and the bias of every pair, float64."""
+    generator = batch.generator()
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=torch.float64).requires_grad_()
+
+    pairs = sum(b - a for a, b in zip(batch.start, batch.end, strict=True))
+    q, k, v = normal(batch.candidates, heads, d), normal(batch.events, heads, d), normal(batch.events, heads, dv)
+    return q, k, v, normal(pairs, heads) if bias else None
+
+
+def check(batch: Shape, heads: int, d: int, dv: int, bias: bool, chunk: int) -> None:
+    """Outputs and gradients of both forms are equal."""
+    q, k, v, b = operands(batch, heads, d, dv, bias)
+    start, end, offsets = batch.windows()
+    inputs = [q, k, v] if b is None else [q, k, v, b]
+    found = window_attention(q, offsets, k, v, start, end, b, chunk)
+    assert_same(found, naive_window_attention(q, offsets, k, v, start, end, b), inputs)
+
+
+@given(
+    shapes(), st.integers(1, 3), st.sampled_from([1, 4]), st.sampled_from([1, 3]), st.booleans(), st.integers(0, 200)
+)
+@settings(deadline=None)
+def test_equals_the_definition(batch: Shape, heads: int, d: int, dv: int, bias: bool, chunk: int):
+    """On any batch, with any chunk."""
+    check(batch, heads, d, dv, bias, chunk)
+
+
+@pytest.mark.parametrize("chunk", [0, 1, 2, 7, 128, 200])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", EDGES)
+def test_equals_the_definition_at_the_edges(name: str, bias: bool, chunk: int):
+    """On the batches that break things."""
+    check(EDGES[name], 2, 4, 3, bias, chunk)
+
+
+def test_the_definition_is_the_textbook_attention():
+    """One request against a loop over candidates, heads and events, straight from softmax(q kᵀ / √d + b) v."""
+    batch = shape([6], [(0, 1, 6)], [3])
+    q, k, v, bias = operands(batch, 2, 4, 3, True)
+    assert bias is not None
+    q, k, v, bias = q.detach(), k.detach(), v.detach(), bias.detach()
+    start, end, offsets = batch.windows()
+    found = naive_window_attention(q, offsets, k, v, start, end, bias)
+    for n in range(3):
+        for h in range(2):
+            weights = [
+                math.exp(sum(float(q[n, h, i] * k[t, h, i]) for i in range(4)) / 2.0 + float(bias[t - 1, h]))
+                for t in range(1, 6)
+            ]
+            for i in range(3):
+                expected = sum(w * float(v[t, h, i]) for w, t in zip(weights, range(1, 6), strict=True)) / sum(weights)
+                assert float(found[n, h, i]) == pytest.approx(expected, rel=1e-12)
+
+
+@given(shapes(), st.integers(0, 64))
+@settings(deadline=None, max_examples=30)
+def test_events_outside_the_windows_change_nothing(batch: Shape, chunk: int):
+    """Neither the output nor, through their own gradient, themselves."""
+    q, k, v, _ = operands(batch, 2, 4, 4, False)
+    start, end, offsets = batch.windows()
+    unseen = outside(batch)
+    out = window_attention(q, offsets, k, v, start, end, None, chunk)
+    other = [torch.where(unseen.view(-1, 1, 1), 1e3 * torch.ones_like(x), x) for x in (k, v)]
+    torch.testing.assert_close(window_attention(q, offsets, other[0], other[1], start, end, None, chunk), out)
+    for gradient in torch.autograd.grad(out.square().sum(), [k, v]):
+        assert not gradient[unseen].any()
+
+
+@pytest.mark.parametrize("scale", [30.0, 1e4])
+def test_large_logits_stay_finite(scale: float):
+    """In float32, with the greatest logit in any chunk: softmax becomes a choice, and its gradients stay finite."""
+    batch = shape([40], [(0, 0, 40)], [4])
+    q, k, v, _ = operands(batch, 2, 4, 4, False)
+    single = [(x.detach() * s).float().requires_grad_() for x, s in ((q, scale), (k, 1.0), (v, 1.0))]
+    start, end, offsets = batch.windows()
+    out = window_attention(single[0], offsets, single[1], single[2], start, end, None, 8)
+    exact = naive_window_attention(
+        *(x.double() for x in single[:1]), offsets, *(x.double() for x in single[1:]), start, end
+    )
+    torch.testing.assert_close(out.double(), exact, rtol=1e-3, atol=1e-3)
+    assert all(bool(x.isfinite().all()) for x in torch.autograd.grad(out.sum(), single))
+
+
+def products(batch: Shape) -> int:
+    """Floating-point operations of the forward and backward products."""
+    q, k, v, _ = operands(batch, 2, 8, 8, False)
+    start, end, offsets = batch.windows()
+    with FlopCounterMode(display=False) as counter:
+        window_attention(q, offsets, k, v, start, end).sum().backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("longest", [1_000, 4_000])
+def test_work_follows_the_sum_of_lengths(longest: int):
+    """One long history among 63 short ones costs as its events do, not 64 times as much."""
+    lengths = [longest] + [20] * 63
+    skewed = shape(lengths, [(i, 0, n) for i, n in enumerate(lengths)], [4] * 64)
+    # two products, forward and twice backward; heads · d, candidates, multiply and add
+    per_event = 2 * 3 * 2 * 8 * 4 * 2
+    # a chunk is less than twice the mean length, so that padding is at most twice the events
+    assert products(skewed) < 3 * per_event * sum(lengths)
+    assert products(skewed) < 0.1 * per_event * 64 * longest
+
+
+def test_short_histories_are_not_padded_to_a_long_chunk():
+    """Many histories of a few events cost at most one smallest chunk each."""
+    lengths = [5] * 100
+    batch = shape(lengths, [(i, 0, n) for i, n in enumerate(lengths)], [4] * 100)
+    assert products(batch) <= 2 * 3 * 2 * 8 * 4 * 2 * 16 * 100
+
+
+def test_scripted_is_the_same_on_other_sizes():
+    """TorchScript gives the same numbers whatever sizes came before."""
+    scripted = torch.jit.script(window_attention)
+    for bias in (False, True):
+        for batch in EDGES.values():
+            q, k, v, b = operands(batch, 2, 4, 3, bias)
+            start, end, offsets = batch.windows()
+            expected = window_attention(q, offsets, k, v, start, end, b)
+            for _ in range(2):
+                torch.testing.assert_close(scripted(q, offsets, k, v, start, end, b), expected)
