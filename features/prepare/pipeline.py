@@ -7,6 +7,7 @@ size of the logs. Tables on the way are described in :mod:`features.prepare.stag
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import duckdb
@@ -25,7 +26,7 @@ from features.dataset import (
 )
 from features.prepare import counters, vocabularies
 from features.prepare.encode import Vocabularies, described
-from features.prepare.engine import Engine, quote
+from features.prepare.engine import Engine
 from features.prepare.errors import PrepareError
 from features.prepare.items import write_items
 from features.prepare.partitions import Layout, write_partition
@@ -40,6 +41,7 @@ from features.schema import SPLITS, PrepareConfig, Scope, Split
 
 LEAST_PARTITIONS = 8
 _STEPS = 9
+_SUMMED = ("requests", "impressions", "users", "unknown_items")
 
 
 def prepare(config: PrepareConfig, out: Path) -> Manifest:
@@ -88,9 +90,9 @@ class _Preparation:
             vocabulary = vocabularies.build(engine, config.columns, periods)
             item_columns = self._write_static(vocabulary)
         priors = [counters.prior(engine, c, periods.train_end) for c in config.counters]
-        written = self._write_partitions(
-            Layout(config, vocabulary, labels, oracles, priors, vocabularies.item_lookup(engine), periods), partitions
-        )
+        lookup = vocabularies.item_lookup(engine)
+        layout = Layout(config, vocabulary, labels, oracles, priors, lookup, index.known_items, periods)
+        written, splits = self._write_partitions(layout, partitions)
         with step("writing the manifest"):
             columns = self._columns(vocabulary, item_columns)
             manifest = Manifest(
@@ -107,7 +109,7 @@ class _Preparation:
                 columns=columns,
                 labels=labels,
                 oracles=oracles,
-                splits=_split_infos(engine, labels, index.known_items),
+                splits=splits,
                 partitions=written,
                 dropped={reason: n for reason, n in self.dropped.items() if n},
                 counted={reason: n for reason, n in self.counted.items() if n},
@@ -144,21 +146,18 @@ class _Preparation:
             write_arrow(vocabularies.ids(self.engine, kind), self.dataset / "vocabularies" / f"{kind}.arrow")
         return write_items(self.engine, self.dataset, self.config.columns.item, vocabulary)
 
-    def _write_partitions(self, layout: Layout, partitions: int) -> list[PartitionInfo]:
+    def _write_partitions(self, layout: Layout, partitions: int) -> tuple[list[PartitionInfo], dict[Split, SplitInfo]]:
         infos: list[PartitionInfo] = []
-        unsorted = 0
+        splits: list[dict[Split, SplitInfo]] = []
+        counted: Counter[str] = Counter()
         for number in range(partitions):
             with self.steps.step(f"writing partition {number}"):
                 written = write_partition(self.engine, layout, self.dataset, number)
             infos.append(written.info)
-            unsorted += written.unsorted
-        self.counted["breaks in the time order of users' events"] = unsorted
-        self.counted["users without events"] = self._users_without("events")
-        self.counted["users without impressions"] = self._users_without("requests")
-        return infos
-
-    def _users_without(self, table: str) -> int:
-        return self.engine.row(f"SELECT count(*) FROM user_index WHERE u NOT IN (SELECT u FROM {table})", "counting")[0]
+            splits.append(written.splits)
+            counted.update(written.counted)
+        self.counted |= counted
+        return infos, _merge(splits)
 
     def _columns(self, vocabulary: Vocabularies, items: dict[str, ColumnInfo]) -> dict[str, dict[str, ColumnInfo]]:
         configured = self.config.columns
@@ -187,32 +186,18 @@ def _join(engine: Engine, counter_count: int) -> None:
         engine.run(f"DROP TABLE {table}", "joining impressions")
 
 
-def _split_infos(engine: Engine, labels: list[str], known_items: int) -> dict[Split, SplitInfo]:
-    sums = "".join(f", CAST(sum({quote('label.' + name)}) AS BIGINT)" for name in labels)
-    shown = engine.rows(
-        f"""SELECT split, count(*), count_if(index >= {known_items}){sums}
-        FROM staged JOIN item_index USING (i) GROUP BY split""",
-        "counting",
-    )
-    counted = {row[0]: row[1:] for row in shown}
-    requests = engine.rows(
-        "SELECT split, count(*), count(DISTINCT u), min(began), max(began) FROM requests GROUP BY split", "counting"
-    )
-    found = {row[0]: row[1:] for row in requests}
-    infos: dict[Split, SplitInfo] = {}
-    for number, name in enumerate(SPLITS):
-        n, users, first, last = found.get(number, (0, 0, 0, 0))
-        impressions, unknown, *positives = counted.get(number, (0, 0, *(0 for _ in labels)))
-        infos[name] = SplitInfo(
-            requests=n,
-            impressions=impressions,
-            users=users,
-            first_ms=first,
-            last_ms=last,
-            positives=dict(zip(labels, positives, strict=True)),
-            unknown_items=unknown,
+def _merge(parts: list[dict[Split, SplitInfo]]) -> dict[Split, SplitInfo]:
+    """Counts of whole splits from those of the partitions."""
+    merged: dict[Split, SplitInfo] = {}
+    for split in SPLITS:
+        infos = [part[split] for part in parts]
+        merged[split] = infos[0].model_copy(
+            update={
+                **{name: sum(getattr(info, name) for info in infos) for name in _SUMMED},
+                "positives": {label: sum(info.positives[label] for info in infos) for label in infos[0].positives},
+            }
         )
-    return infos
+    return merged
 
 
 def _plain(columns: dict[str, dict[str, ColumnInfo]]) -> dict[str, dict[str, object]]:
