@@ -1,16 +1,18 @@
 """Deep Interest Network's local activation unit on the latest events (Zhou et al. 2018, arXiv:1706.06978).
 
-The weight of event i for target t is ``MLP([e_t; e_i; e_t − e_i; e_t ⊙ e_i])``, the output ``Σ_i weight_i e_i``. The first
-layer is linear, so it is split by its four inputs: what depends on the target alone or on the event alone is multiplied
-once per candidate or once per event, and only ``e_t ⊙ e_i`` is paid for each pair. Pairs are jagged, never padded.
+The weight of event i for target t is ``MLP([e_t; e_i; e_t − e_i; e_t ⊙ e_i])``, the output ``Σ_i weight_i e_i``. The
+first layer is linear, so it is split by its four inputs: what depends on the target alone or on the event alone is
+multiplied once per candidate or once per event, and only ``e_t ⊙ e_i`` is paid for each pair. Pairs are jagged, never
+padded.
 """
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-from ranker.longseq.protocol import History, Target, latest
+from ranker.longseq.protocol import History, Target, compact, latest
 from ranker.ops.jagged import expand_windows, log_bucket, segment_softmax, segment_sum, segments_of
 
 
@@ -24,7 +26,9 @@ class DIN(nn.Module):
         age_buckets: buckets of log2(age in seconds) with a learned term in the first hidden layer; 0 for none.
     """
 
-    def __init__(self, dim: int, hidden: list[int], length: int = 50, softmax: bool = False, age_buckets: int = 0) -> None:
+    def __init__(
+        self, dim: int, hidden: list[int], length: int = 50, softmax: bool = False, age_buckets: int = 0
+    ) -> None:
         super().__init__()
         self.out_dim, self.length, self.softmax, self.age_buckets = dim, length, softmax, age_buckets
         width = hidden[0]
@@ -36,13 +40,15 @@ class DIN(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width))
         self.age = nn.Parameter(torch.zeros(age_buckets, width)) if age_buckets > 0 else None
         layers: list[nn.Module] = [nn.ReLU()]
-        for a, b in zip(hidden, hidden[1:], strict=False):
+        for a, b in pairwise(hidden):
             layers += [nn.Linear(a, b), nn.ReLU()]
         self.rest = nn.Sequential(*layers, nn.Linear(hidden[-1], 1))
 
     def forward(self, history: History, target: Target) -> Tensor:
         """`[N, dim]`; zero for an empty history."""
         history = latest(history, self.length)
+        if self.length > 0:
+            history = compact(history)
         candidates = target.x.size(0)
         request = segments_of(target.offsets)
         event, candidate = expand_windows(history.start[request], history.end[request])  # [P] pairs
