@@ -234,6 +234,6 @@ class PrepareConfig(Strict):
         1_000_000, ge=1_000, description="default partitions are sized to hold about so many rows; one is in memory"
     )
     memory_limit_gb: float = Field(
-        1.0, gt=0.1, description="memory of the out-of-core engine, GiB; one partition comes on top"
+        0.5, gt=0.1, description="memory of the out-of-core engine, GiB; one partition comes on top"
     )
     threads: int = Field(2, ge=1)
