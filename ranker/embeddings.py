@@ -13,6 +13,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConf
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from features.batch import names
 from features.errors import UserError
 from features.selection import Feature, FeatureSpec
 from ranker.config import TablesConfig
@@ -29,7 +30,12 @@ class Embedded(NamedTuple):
 
 
 class Tables(nn.Module):
-    """All embedding tables. Table names are ``request.NAME``, ``candidate.NAME`` and ``sequence.NAME``."""
+    """All embedding tables. Table names are ``request_NAME``, ``candidate_NAME`` and ``sequence_NAME``, dots as underscores."""
+
+    # lists may be empty, and then do not tell their type to TorchScript
+    _request_keys: list[str]
+    _candidate_keys: list[str]
+    _event_keys: list[str]
 
     def __init__(self, spec: FeatureSpec, config: TablesConfig, device: torch.device | None = None) -> None:
         super().__init__()
@@ -88,6 +94,7 @@ class Tables(nn.Module):
         self.sequence = EmbeddingCollection(tables=shared, device=device)
         # an EmbeddingCollection holds tables of one width
         self.events = EmbeddingCollection(tables=added, device=device) if added else None
+        self._request_keys, self._candidate_keys = names(spec.request), names(spec.candidate)
         self._history_keys = [f"history:{name}" for name in self.shared]
         self._target_keys = [f"candidate:{name}" for name in self.shared]
         self._event_keys = [f"history:{name}" for name in self.added]
@@ -96,10 +103,6 @@ class Tables(nn.Module):
         self, request: KeyedJaggedTensor, candidate: KeyedJaggedTensor, sequence: KeyedJaggedTensor
     ) -> Embedded:
         """Look everything up. See :class:`features.batch.RequestBatch` for strides."""
-        empty = torch.zeros([request.stride(), 0], device=sequence.values().device)
-        of_request = empty if self.request is None else self.request(request).values()
-        empty = torch.zeros([candidate.stride(), 0], device=sequence.values().device)
-        of_candidate = empty if self.candidate is None else self.candidate(candidate).values()
         looked_up = self.sequence(sequence)
         event = torch.cat([looked_up[key].values() for key in self._history_keys], 1)
         target = torch.cat([looked_up[key].values() for key in self._target_keys], 1)
@@ -107,4 +110,14 @@ class Tables(nn.Module):
             added = self.events(sequence)
             for key in self._event_keys:
                 event = event + added[key].values()
+        # a keyed tensor without keys does not know its stride
+        of_request = torch.zeros([sequence.stride(), 0], device=event.device)
+        if self.request is not None:
+            pooled = self.request(request)
+            # by key: side by side as they come, they are in the order of the sharding plan
+            of_request = torch.cat([pooled[key] for key in self._request_keys], 1)
+        of_candidate = torch.zeros([target.size(0), 0], device=event.device)
+        if self.candidate is not None:
+            pooled = self.candidate(candidate)
+            of_candidate = torch.cat([pooled[key] for key in self._candidate_keys], 1)
         return Embedded(of_request, of_candidate, event, target)

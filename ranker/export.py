@@ -61,6 +61,12 @@ class ServedRanker(nn.Module):
     Ids at or above a table's size are unknown and read the reserved row 0, so that a server may send any dense index.
     """
 
+    # lists may be empty, and then do not tell their type
+    request_keys: list[str]
+    candidate_keys: list[str]
+    request_sizes: list[int]
+    candidate_sizes: list[int]
+
     def __init__(self, ranker: Ranker, spec: FeatureSpec) -> None:
         super().__init__()
         self.tables, self.dense = ranker.tables, ranker.dense

@@ -1,0 +1,82 @@
+"""A run folder says what made it, and is used with nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from features.config_file import load_config
+from features.dataset import Dataset, DatasetError
+from ranker.config import TrainConfig
+from ranker.evaluate import evaluate
+from ranker.export import export
+from ranker.run import Run, RunError, git_commit, versions
+from ranker.train import train
+
+ConfigOf = Callable[..., TrainConfig]
+
+
+def test_config_is_the_resolved_one(trained: Path, config_of: ConfigOf):
+    saved = load_config(trained / "config.yaml", TrainConfig)
+    assert saved == config_of("training.epochs=4")
+    text = (trained / "config.yaml").read_text()
+    assert "epochs: 4" in text
+    assert "clip_norm: 10.0" in text  # defaults too
+
+
+def test_run_json_says_what_made_it(trained: Path, dataset: Path):
+    info = json.loads((trained / "run.json").read_text())
+    assert info["dataset"] == {"name": "small", "content_hash": Dataset(dataset).manifest.content_hash}
+    assert (info["seed"], info["ranks"]) == (0, 1)
+    assert info["versions"] == versions()
+    assert info["versions"]["torch"].startswith(torch.__version__.split("+")[0])
+    assert {"torchrec", "numpy", "pyarrow", "python"} <= info["versions"].keys()
+    assert info["git_commit"] == git_commit()
+    assert info["git_commit"] is None or re.fullmatch(r"[0-9a-f]{40}(\+changes)?", info["git_commit"])
+    assert isinstance(info["command"], list)
+
+
+def test_another_dataset_is_refused(trained: Path, gaps: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    config = Run(run).config.model_copy(update={"dataset": gaps})
+    changed = Run(run)
+    changed.config = config
+    changed.save_config()
+    message = r"content hash [0-9a-f]{12}…, but .* was trained on [0-9a-f]{12}… \(small\); prepare that one again"
+    with pytest.raises(RunError, match=message):
+        evaluate(run)
+    with pytest.raises(RunError, match=message):
+        export(run, tmp_path / "export")
+    with pytest.raises(RunError, match=message):
+        train(config, run, resume=True)
+    assert not (tmp_path / "export").exists()
+
+
+def test_a_dataset_that_is_gone_is_named(trained: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    changed = Run(run)
+    changed.config = changed.config.model_copy(update={"dataset": Path("gone")})
+    changed.save_config()
+    with pytest.raises(DatasetError, match="gone: no manifest.json"):
+        evaluate(run)
+
+
+def test_a_folder_that_is_no_run(tmp_path: Path):
+    for command in (evaluate, lambda root: export(root, tmp_path / "export")):
+        with pytest.raises(RunError, match="no run.json; not a run folder"):
+            command(tmp_path / "nothing")
+
+
+def test_a_run_without_checkpoint_names_the_way_on(trained: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run, ignore=shutil.ignore_patterns("step-*"))
+    with pytest.raises(RunError, match="no checkpoint yet; go on with `ranker train … --out .* --resume`"):
+        evaluate(run)
