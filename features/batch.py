@@ -20,12 +20,13 @@ class RequestBatch(NamedTuple):
     request: ids at stride R. candidate: ids at stride N.
     sequence: at stride R, keys ``history:NAME`` (row h holds distinct history h, h < H ≤ R; the rest are empty) and
         ``candidate:NAME`` (row r holds the candidates of request r), so that both share one table and one look-up.
+        Requests of one user whose windows overlap or touch share a distinct history.
     request_dense `[R, ·]`, candidate_dense `[N, ·]`, event_dense `[T, ·]`: float32.
     event_time `[T]`, now `[R]`: int64 milliseconds.
     start, end: `[R]` int64, request r's events are ``[start[r], end[r])`` of T.
     offsets: `[R + 1]` int64, request r's candidates.
     labels: `[N, tasks]` float32.
-    user `[R]`, item `[N]`, history_length `[R]` (events before the request, uncut), oracles `[N, ·]`: for evaluation only.
+    user `[R]`, item `[N]`, history_length `[R]` (events before the request, uncut), oracles `[N, ·]`: for evaluation.
     """
 
     request: KeyedJaggedTensor
@@ -47,7 +48,7 @@ class RequestBatch(NamedTuple):
 
     def to(self, device: torch.device, non_blocking: bool = False) -> RequestBatch:
         """The same batch on `device`."""
-        return RequestBatch(*(x.to(device, non_blocking=non_blocking) for x in self))
+        return RequestBatch(**{name: x.to(device, non_blocking=non_blocking) for name, x in self._asdict().items()})
 
     @property
     def requests(self) -> int:
@@ -72,7 +73,7 @@ def names(features: tuple[Feature, ...]) -> list[str]:
 
 
 def from_tensors(spec: FeatureSpec, tensors: dict[str, Tensor]) -> RequestBatch:
-    """A batch from plain tensors by name: the keyed tensors as ``KEY.values``, ``KEY.lengths``, the others as their field."""
+    """A batch from plain tensors by name: keyed ones as ``FIELD.values``, ``FIELD.lengths``, others as ``FIELD``."""
 
     def keyed(field: str, keys: list[str]) -> KeyedJaggedTensor:
         return KeyedJaggedTensor(keys=keys, values=tensors[f"{field}.values"], lengths=tensors[f"{field}.lengths"])

@@ -17,23 +17,27 @@ class FeatureError(UserError):
 
 
 class FeaturesConfig(Strict):
-    """Features by their place in the model. Names are those of the dataset: `item`, `user` (the ids) or `SCOPE.NAME`."""
+    """Features by their place in the model. Names are the dataset's: `item`, `user` (the ids) or `SCOPE.NAME`."""
 
     request: list[str] = Field(
-        default_factory=list, description="pooled once per request: `user`, `user.NAME`, `request.NAME` (categorical or bag)"
+        default_factory=list,
+        description="pooled once per request: `user`, `user.NAME`, `request.NAME` (categorical or bag)",
     )
     candidate: list[str] = Field(
         default_factory=lambda: ["item"], description="pooled once per candidate: `item`, `item.NAME`, `candidate.NAME`"
     )
     dense: list[str] = Field(
-        default_factory=list, description="floats, standardised: `user.NAME`, `request.NAME`, `item.NAME`, `candidate.NAME`"
+        default_factory=list,
+        description="floats, standardised: `user.NAME`, `request.NAME`, `item.NAME`, `candidate.NAME`",
     )
     sequence: list[str] = Field(
         default_factory=lambda: ["item"],
         min_length=1,
         description="ids of history and candidates that share a table: `item`, `item.NAME` (categorical); concatenated",
     )
-    event: list[str] = Field(default_factory=list, description="ids of history events only: `event.NAME`; added to the event")
+    event: list[str] = Field(
+        default_factory=list, description="ids of history events only: `event.NAME`; added to the event"
+    )
     event_dense: list[str] = Field(
         default_factory=list, description="floats of history events: `event.NAME`; projected and added"
     )
@@ -62,6 +66,16 @@ class FeatureSpec:
     event_dense: tuple[Feature, ...]
 
 
+@dataclass(frozen=True)
+class Selection:
+    """What to read: features, labels, the longest history needed (0: all), and oracles, labels' true probabilities."""
+
+    spec: FeatureSpec
+    labels: tuple[str, ...]
+    history_length: int
+    oracles: tuple[str, ...] = ()
+
+
 def resolve(features: FeaturesConfig, manifest: Manifest) -> FeatureSpec:
     """Look every name up in the manifest.
 
@@ -85,7 +99,9 @@ def _look_up(
     place: str, names: list[str], manifest: Manifest, scopes: tuple[str, ...], kinds: tuple[Kind, ...]
 ) -> tuple[Feature, ...]:
     known: dict[str, tuple[str, ColumnInfo]] = {
-        f"{scope}.{name}": (scope, info) for scope, columns in manifest.columns.items() for name, info in columns.items()
+        f"{scope}.{name}": (scope, info)
+        for scope, columns in manifest.columns.items()
+        for name, info in columns.items()
     }
     known["item"] = ("item", ColumnInfo(kind="categorical", size=manifest.known_items))
     known["user"] = ("user", ColumnInfo(kind="categorical", size=manifest.known_users))
@@ -94,11 +110,10 @@ def _look_up(
         allowed = sorted(n for n, (scope, info) in known.items() if scope in scopes and info.kind in kinds)
         if name not in allowed:
             near = difflib.get_close_matches(name, allowed, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            reason = "is not in the dataset" if name not in known else f"is {known[name][1].kind} of scope {known[name][0]}"
-            raise FeatureError(
-                f"features.{place}[{i}]: {name!r} {reason}{hint} Allowed here: {', '.join(allowed) or 'nothing in this dataset'}"
-            )
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            reason = f"is {known[name][1].kind} of scope {known[name][0]}" if name in known else "is not in the dataset"
+            choice = ", ".join(allowed) or "nothing in this dataset"
+            raise FeatureError(f"features.{place}[{i}]: {name!r} {reason}{hint} Allowed here: {choice}")
         if name in names[:i]:
             raise FeatureError(f"features.{place}[{i}]: {name!r} is named twice; remove one")
         scope, info = known[name]

@@ -1,0 +1,144 @@
+"""Parts of a batch to one batch of plain tensors by name, in NumPy.
+
+Symbols as in :mod:`features.batch`: R requests, N candidates, H distinct histories, T events of them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from features.selection import Selection
+from features.views import Array, Ints
+
+_T = TypeVar("_T")
+
+
+@dataclass
+class Part:
+    """One shard's share of a batch: fields as in RequestBatch, feature by feature.
+
+    row_events: `[H]`, events of each distinct history. candidates: `[R]`, of each request.
+    request, candidate: values and their numbers a row.
+    """
+
+    row_events: Ints
+    start: Ints
+    end: Ints
+    now: Array
+    user: Array
+    history_length: Ints
+    candidates: Ints
+    item: Array
+    event_time: Array
+    request: list[tuple[Array, Ints]] = field(default_factory=list)
+    candidate: list[tuple[Array, Ints]] = field(default_factory=list)
+    history: list[Array] = field(default_factory=list)
+    target: list[Array] = field(default_factory=list)
+    request_dense: list[Array] = field(default_factory=list)
+    candidate_dense: list[Array] = field(default_factory=list)
+    event_dense: list[Array] = field(default_factory=list)
+    labels: list[Array] = field(default_factory=list)
+    oracles: list[Array] = field(default_factory=list)
+
+
+def nothing(selection: Selection) -> Part:
+    """A request without history and candidates: what a rank feeds when its own have run out."""
+    spec = selection.spec
+
+    def none() -> Ints:
+        return np.zeros(0, np.int64)
+
+    def one() -> Ints:
+        return np.zeros(1, np.int64)
+
+    return Part(
+        row_events=one(),
+        start=one(),
+        end=one(),
+        now=one(),
+        user=one(),
+        history_length=one(),
+        candidates=one(),
+        item=none(),
+        event_time=none(),
+        request=[(none(), one()) for _ in spec.request],
+        candidate=[(none(), none()) for _ in spec.candidate],
+        history=[none() for _ in (*spec.sequence, *spec.event)],
+        target=[none() for _ in spec.sequence],
+        request_dense=[np.zeros(1, np.float32) for _ in spec.request_dense],
+        candidate_dense=[none() for _ in spec.candidate_dense],
+        event_dense=[none() for _ in spec.event_dense],
+        labels=[none() for _ in selection.labels],
+        oracles=[none() for _ in selection.oracles],
+    )
+
+
+def assemble(parts: list[Part], selection: Selection) -> dict[str, Tensor]:
+    """One batch of its parts: keyed tensors feature by feature, windows shifted to the common events."""
+    spec = selection.spec
+    requests = sum(p.start.size for p in parts)
+    candidates = sum(p.item.size for p in parts)
+    events = [p.event_time.size for p in parts]
+    shift = np.cumsum([0, *events[:-1]])
+    row_events = np.zeros(requests, np.int64)
+    np.concatenate([p.row_events for p in parts], out=row_events[: sum(p.row_events.size for p in parts)])
+    per_request = np.concatenate([p.candidates for p in parts])
+    offsets = np.zeros(requests + 1, np.int64)
+    np.cumsum(per_request, out=offsets[1:])
+    histories, targets = len(spec.sequence) + len(spec.event), len(spec.sequence)
+    return {
+        **_pooled("request", [p.request for p in parts]),
+        **_pooled("candidate", [p.candidate for p in parts]),
+        "sequence.values": _long(_by_feature([p.history for p in parts]) + _by_feature([p.target for p in parts])),
+        "sequence.lengths": _long([row_events] * histories + [per_request] * targets),
+        "request_dense": _floats([p.request_dense for p in parts], requests),
+        "candidate_dense": _floats([p.candidate_dense for p in parts], candidates),
+        "event_dense": _floats([p.event_dense for p in parts], sum(events)),
+        "event_time": _long([p.event_time for p in parts]),
+        "now": _long([p.now for p in parts]),
+        "start": _long([p.start + s for p, s in zip(parts, shift, strict=True)]),
+        "end": _long([p.end + s for p, s in zip(parts, shift, strict=True)]),
+        "offsets": torch.from_numpy(offsets),
+        "labels": _floats([p.labels for p in parts], candidates),
+        "user": _long([p.user for p in parts]),
+        "item": _long([p.item for p in parts]),
+        "history_length": _long([p.history_length for p in parts]),
+        "oracles": _floats([p.oracles for p in parts], candidates),
+    }
+
+
+def _by_feature(columns: Sequence[Sequence[_T]]) -> list[_T]:
+    """Each part's columns, feature by feature."""
+    return [column for feature in zip(*columns, strict=True) for column in feature]
+
+
+def _pooled(name: str, columns: list[list[tuple[Array, Ints]]]) -> dict[str, Tensor]:
+    ordered = _by_feature(columns)
+    return {
+        f"{name}.values": _long([values for values, _ in ordered]),
+        f"{name}.lengths": _long([lengths for _, lengths in ordered]),
+    }
+
+
+def _long(arrays: list[Array]) -> Tensor:
+    """One int64 tensor of all arrays, converted while copying; a lone int64 array, which a part owns, is not copied."""
+    if len(arrays) == 1 and arrays[0].dtype == np.int64 and arrays[0].flags.writeable:
+        return torch.from_numpy(arrays[0])
+    out = np.empty(sum(a.size for a in arrays), np.int64)
+    if arrays:
+        np.concatenate(arrays, out=out, casting="unsafe")
+    return torch.from_numpy(out)
+
+
+def _floats(columns: list[list[Array]], rows: int) -> Tensor:
+    """`[rows, features]` float32 of each part's columns."""
+    out = np.empty((rows, len(columns[0])), np.float32)
+    for i in range(out.shape[1]):
+        np.concatenate([part[i] for part in columns], out=out[:, i], casting="unsafe")
+    return torch.from_numpy(out)

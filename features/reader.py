@@ -1,0 +1,168 @@
+"""Rows of a partition to one shard's part of a batch: whole columns at a time, no Python loop over rows or events.
+
+Symbols as in :mod:`features.batch`: R requests, N candidates, H distinct histories, T events of them all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from features.collate import Part
+from features.dataset import Dataset
+from features.selection import Feature, Selection
+from features.views import Array, File, Ints, Partition, copy_windows, item_file, ranges
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Shares of known ids that are read as unknown in training, so that the rows of unknown ids are trained."""
+
+    item: float
+    user: float
+
+
+def bernoulli(rng: np.random.Generator, rate: float, count: int) -> Ints:
+    """Positions of ``0 … count - 1``, ascending, each there with probability `rate`; one may come more than once.
+
+    Points of a Poisson process of intensity λ = -log(1 - rate): an interval of length 1 has one with probability
+    1 - exp(-λ) = rate, whatever the others have. So the work is proportional to rate · count, not to count.
+    """
+    if rate == 0:
+        return np.zeros(0, np.int64)
+    intensity = -np.log1p(-rate)
+    expected = intensity * count
+    points = [np.cumsum(rng.standard_exponential(int(expected + 6 * np.sqrt(expected)) + 1))]
+    while points[-1][-1] < expected:  # once in 10⁹ calls
+        points.append(points[-1][-1] + np.cumsum(rng.standard_exponential(points[0].size)))
+    positions = np.concatenate(points) / intensity
+    return positions[: np.searchsorted(positions, count)].astype(np.int64)
+
+
+def known(ids: Array, size: int, drop: float, rng: np.random.Generator | None) -> Array:
+    """`ids`, in place, with 0 for those outside a table of `size` rows and, given `rng`, for a share `drop` of all."""
+    ids[np.flatnonzero(ids >= size)] = 0
+    if rng is not None:
+        ids[bernoulli(rng, drop, ids.size)] = 0
+    return ids
+
+
+@dataclass(frozen=True)
+class _Windows:
+    """Which events some requests read. low, high `[H]`: the distinct histories, in the partition's events, ascending.
+    start, end `[R]`: each request's window in the T events that are read."""
+
+    low: Ints
+    high: Ints
+    start: Ints
+    end: Ints
+
+    @classmethod
+    def of(cls, row: Ints, base: Ints, length: Ints, longest: int) -> _Windows:
+        """Windows of the latest `longest` events (0: all) of requests sorted by (row, length).
+
+        Windows of one row that overlap or touch become one history: no event is read twice, and none that nobody needs.
+        """
+        end = base + length
+        start = np.maximum(base, end - longest) if longest else base
+        new = np.ones(row.size, np.bool_)
+        new[1:] = (row[1:] != row[:-1]) | (start[1:] > end[:-1])
+        first = np.flatnonzero(new)
+        low, high = start[first], end[np.append(first[1:], row.size) - 1]
+        shift = (np.cumsum(high - low) - high)[np.cumsum(new) - 1]
+        return cls(low, high, start + shift, end + shift)
+
+
+class Reader:
+    """Reads requests of a dataset's partitions as parts of batches."""
+
+    def __init__(self, dataset: Dataset, selection: Selection, drop: Drop) -> None:
+        self._dataset, self._selection, self._drop = dataset, selection, drop
+        self._known_items, self._known_users = dataset.manifest.known_items, dataset.manifest.known_users
+
+    @cached_property
+    def _items(self) -> File:
+        """Opened by the process that reads, which may be a worker."""
+        return item_file(self._dataset)
+
+    def read(self, partition: Partition, requests: Ints, rng: np.random.Generator | None = None) -> Part:
+        """The part of these requests, reordered so that those of one history row are neighbours.
+
+        Args:
+            rng: draws which ids are dropped; without it (evaluation) none are.
+        """
+        spec = self._selection.spec
+        row = partition.requests.flat("row")[requests].astype(np.int64)
+        length = partition.requests.flat("history_end")[requests].astype(np.int64)
+        order = np.lexsort((length, row))
+        requests, row, length = requests[order], row[order], length[order]
+        base = partition.histories.lists("item").offsets[row]
+        windows = _Windows.of(row, base, length, self._selection.history_length)
+
+        def events(name: str) -> Array:
+            return copy_windows(partition.event(name), windows.low, windows.high)
+
+        candidate_item, candidates = partition.requests.lists("items").rows(requests)
+        candidate_rows = ranges(partition.requests.lists("items").offsets[requests], candidates)
+        event_item = events("item")
+        item_ids = known(np.concatenate([event_item, candidate_item]), self._known_items, self._drop.item, rng)
+        event_id, candidate_id = item_ids[: event_item.size], item_ids[event_item.size :]
+        user = partition.histories.flat("user")[row]
+
+        part = Part(
+            row_events=windows.high - windows.low,
+            start=windows.start,
+            end=windows.end,
+            now=partition.requests.flat("time")[requests],
+            user=user,
+            history_length=length,
+            candidates=candidates,
+            item=candidate_item,
+            event_time=events("time"),
+        )
+        # attributes are those of the item itself, known to the tables or not
+        part.history = [event_id if f.name == "item" else self._attribute(f.name, event_item) for f in spec.sequence]
+        part.history += [events(f.name) for f in spec.event]
+        part.target = [
+            candidate_id if f.name == "item" else self._attribute(f.name, candidate_item) for f in spec.sequence
+        ]
+        part.event_dense = [events(f.name) for f in spec.event_dense]
+
+        def of_request(feature: Feature) -> tuple[Array, Ints]:
+            if feature.name == "user":
+                return _single(known(user.copy(), self._known_users, self._drop.user, rng))
+            if feature.scope == "user":
+                return _rows(partition.histories, feature.name, row)
+            return _rows(partition.requests, feature.name, requests)
+
+        def of_candidate(feature: Feature) -> tuple[Array, Ints]:
+            if feature.name == "item":
+                return _single(candidate_id)
+            if feature.scope == "item":
+                return _rows(self._items, feature.name, candidate_item)
+            return _single(partition.candidate(feature.name)[candidate_rows])
+
+        part.request = [of_request(f) for f in spec.request]
+        part.candidate = [of_candidate(f) for f in spec.candidate]
+        part.request_dense = [of_request(f)[0] for f in spec.request_dense]
+        part.candidate_dense = [of_candidate(f)[0] for f in spec.candidate_dense]
+        part.labels = [partition.candidate(f"label.{n}")[candidate_rows] for n in self._selection.labels]
+        part.oracles = [partition.candidate(f"oracle.{n}")[candidate_rows] for n in self._selection.oracles]
+        return part
+
+    def _attribute(self, name: str, items: Array) -> Array:
+        return self._items.flat(name).take(items)
+
+
+def _single(values: Array) -> tuple[Array, Ints]:
+    """One id a row."""
+    return values, np.ones(values.size, np.int64)
+
+
+def _rows(file: File, name: str, rows: Array) -> tuple[Array, Ints]:
+    """Values and lengths of some rows of a column of lists or of single values."""
+    if file.is_list(name):
+        return file.lists(name).rows(rows.astype(np.int64))
+    return _single(file.flat(name)[rows])
