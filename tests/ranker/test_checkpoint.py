@@ -165,5 +165,5 @@ def test_what_does_not_change_the_model_may_change(trained: Path, config_of: Con
 
 
 def test_resuming_needs_a_run(config_of: ConfigOf, tmp_path: Path):
-    with pytest.raises(RunError, match="no run.json; not a run folder"):
+    with pytest.raises(RunError, match=r"no run.json; not a run folder"):
         train(config_of(), tmp_path / "run", resume=True)

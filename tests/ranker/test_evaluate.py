@@ -1,4 +1,4 @@
-"""`ranker evaluate`: metrics.json holds what the scores say, beside what they must beat; the same from any number of ranks."""
+"""`ranker evaluate`: metrics.json holds what the scores say, on any number of ranks, beside what they must beat."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_layout(metrics: dict[str, Any], dataset: Path):
     for task in tasks:
         assert metrics[task].keys() == METRICS
     buckets = metrics["by_history_length"]
-    assert [(b["min"], b["max"]) for b in buckets] == list(zip(HISTORY_EDGES, [*HISTORY_EDGES[1:], None], strict=True))
+    assert [(b["min"], b["max"]) for b in buckets] == [*zip(HISTORY_EDGES, [*HISTORY_EDGES[1:], None], strict=True)]
     assert sum(b["impressions"] for b in buckets) == counted.impressions
     assert all({"min", "max", "impressions", *tasks} <= b.keys() for b in buckets)
     assert metrics["references"].keys() == {"constant", "item_rate", "user_item_logit"}

@@ -65,7 +65,8 @@ def test_manifest(exported: Path, trained: Path, dataset: Path):
         "request": ["user", "user.device"],
         "candidate": ["item", "item.category", "candidate.position"],
         "sequence": [
-            "history:item", "history:item.category", "history:event.action", "candidate:item", "candidate:item.category",
+            "history:item", "history:item.category", "history:event.action",
+            "candidate:item", "candidate:item.category",
         ],
         "request_dense": [],
         "candidate_dense": ["item.price"],

@@ -77,5 +77,5 @@ def test_scores_that_are_not_numbers_are_refused():
     broken = Predictions(
         user=ones, item=ones, history_length=ones, request=ones, click=ones, p_ctr=np.array([0.5, np.nan, 1.0])
     )
-    with pytest.raises(UserError, match="1 of 3 scores are not finite: training diverged; lower optimizer.lr"):
+    with pytest.raises(UserError, match=r"1 of 3 scores are not finite: training diverged; lower optimizer.lr"):
         refuse_not_finite(broken)

@@ -65,18 +65,18 @@ def test_a_dataset_that_is_gone_is_named(trained: Path, tmp_path: Path):
     changed = Run(run)
     changed.config = changed.config.model_copy(update={"dataset": Path("gone")})
     changed.save_config()
-    with pytest.raises(DatasetError, match="gone: no manifest.json"):
+    with pytest.raises(DatasetError, match=r"gone: no manifest.json"):
         evaluate(run)
 
 
 def test_a_folder_that_is_no_run(tmp_path: Path):
     for command in (evaluate, lambda root: export(root, tmp_path / "export")):
-        with pytest.raises(RunError, match="no run.json; not a run folder"):
+        with pytest.raises(RunError, match=r"no run.json; not a run folder"):
             command(tmp_path / "nothing")
 
 
 def test_a_run_without_checkpoint_names_the_way_on(trained: Path, tmp_path: Path):
     run = tmp_path / "run"
     shutil.copytree(trained, run, ignore=shutil.ignore_patterns("step-*"))
-    with pytest.raises(RunError, match="no checkpoint yet; go on with `ranker train … --out .* --resume`"):
+    with pytest.raises(RunError, match=r"no checkpoint yet; go on with `ranker train … --out .* --resume`"):
         evaluate(run)

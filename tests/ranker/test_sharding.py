@@ -57,7 +57,7 @@ def test_a_table_left_out_of_the_plan_is_named(config_of: ConfigOf, dataset: Pat
     config = config_of()
     model = build(resolve(config.features, Dataset(dataset).manifest), config, {})
     monkeypatch.setattr("ranker.sharding.table_names", lambda model: {"request_user": "pooled", "lost": "pooled"})
-    with join_ranks("cpu", 1) as ranks, pytest.raises(ShardingError, match="the plan leaves out lost under tables."):
+    with join_ranks("cpu", 1) as ranks, pytest.raises(ShardingError, match=r"the plan leaves out lost under tables."):
         shard(model, config.tables, ranks)
 
 
