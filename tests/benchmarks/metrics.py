@@ -9,22 +9,13 @@ results are compared on those users.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import time
-from pathlib import Path
 
 import numpy as np
 from sklearn.metrics import log_loss, roc_auc_score
 
 from ranker.metrics import binary_metrics
-
-
-def machine() -> str:
-    """Processor, number of cores available, numpy version."""
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    cpu = names[0].split(":", 1)[1].strip() if names else platform.processor()
-    return f"{cpu}, {len(os.sched_getaffinity(0))} cores, numpy {np.__version__}"
+from tests.benchmarks.machine import machine
 
 
 def loop_over_users(user: np.ndarray, label: np.ndarray, score: np.ndarray) -> float:
@@ -50,7 +41,7 @@ def main() -> None:
     user = rng.integers(0, args.users, args.rows)
     score = rng.random(args.rows, dtype=np.float32)
     label = rng.random(args.rows) < 0.2 * score
-    print(f"machine   {machine()}")
+    print(f"machine   {machine('numpy', 'scikit-learn')}")
     print(f"sizes     {args.rows:,} rows, {args.users:,} users, {label.mean():.3f} positive, seed 0")
 
     times: list[float] = []

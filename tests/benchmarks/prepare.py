@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -29,6 +28,7 @@ import pyarrow.parquet as pq
 from features.dataset import write_arrow
 from features.prepare import prepare
 from features.schema import PrepareConfig
+from tests.benchmarks.machine import machine
 
 ITEMS = 1_000_000
 EVENTS_PER_USER = 100
@@ -157,11 +157,9 @@ def main() -> None:
 
 def report(options: argparse.Namespace) -> None:
     """Measure both ways at both sizes."""
-    cores, imports = len(os.sched_getaffinity(0)), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(
-        f"machine: {platform.machine()}, {cores} cores, load {os.getloadavg()[0]:.1f}; DuckDB {duckdb.__version__}, "
-        f"PyArrow {pa.__version__}; engine limit {options.memory_limit_gb} GiB; imports alone {imports:.0f} MiB"
-    )
+    imports = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"machine: {machine('duckdb', 'pyarrow')}")
+    print(f"engine limit {options.memory_limit_gb} GiB; imports alone {imports:.0f} MiB")
     flags = ["--memory-limit-gb", str(options.memory_limit_gb), *(["--counters"] if options.counters else [])]
     found: dict[str, list[Measured]] = {"prepare": [], "in-memory": []}
     for share in (10, 1):

@@ -18,12 +18,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
 from features.prepare.synthetic import CHUNK_ROWS, generate
 from features.schema import PrepareConfig, SyntheticSource
+from tests.benchmarks.machine import machine
 
 LARGE = Path(__file__).parents[2] / "configs" / "synthetic" / "large.yaml"
 
@@ -92,11 +92,8 @@ def main() -> None:
         generate(source_of(options.events), options.out, options.chunk_rows)
         return
 
-    # Not at the top: what it imports would count as memory of the generating processes.
-    from tests.benchmarks.metrics import machine
-
     whole_events = options.whole_events or min(options.events, 10_000_000)
-    print(f"machine: {machine()}; PyArrow {pa.__version__}; chunks of {options.chunk_rows:,} rows")
+    print(f"machine: {machine('numpy', 'pyarrow')}; chunks of {options.chunk_rows:,} rows")
     sizes = sorted({options.events // 10, whole_events, options.events})
     streamed = {events: measure(events, options.chunk_rows) for events in sizes}
     for run in streamed.values():
