@@ -30,7 +30,8 @@ class Embedded(NamedTuple):
 
 
 class Tables(nn.Module):
-    """All embedding tables. Table names are ``request_NAME``, ``candidate_NAME`` and ``sequence_NAME``, dots as underscores."""
+    """All embedding tables. Table names are ``request_NAME``, ``candidate_NAME`` and ``sequence_NAME``, dots as
+    underscores."""
 
     # lists may be empty, and then do not tell their type to TorchScript
     _request_keys: list[str]

@@ -52,7 +52,8 @@ def test_layout(metrics: dict[str, Any], dataset: Path):
     tasks = {"ctr", "ctcvr", "cvr"}
     counted = Dataset(dataset).manifest.splits["test"]
     assert metrics.keys() == {
-        "split", "requests", "impressions", "users", "unknown_items", *tasks, "by_history_length", "references", "oracle",
+        "split", "requests", "impressions", "users", "unknown_items", *tasks, "by_history_length", "references",
+        "oracle",
     }  # fmt: skip
     assert metrics["split"] == "test"
     assert (metrics["requests"], metrics["impressions"], metrics["users"]) == (
