@@ -129,7 +129,9 @@ def read_arrow(path: Path) -> pa.RecordBatch:
     except (OSError, pa.ArrowInvalid) as error:
         raise DatasetError(f"{path}: unreadable ({error}); run `ranker prepare` again") from error
     if reader.num_record_batches != 1:
-        raise DatasetError(f"{path}: {reader.num_record_batches} record batches, expected 1; run `ranker prepare` again")
+        raise DatasetError(
+            f"{path}: {reader.num_record_batches} record batches, expected 1; run `ranker prepare` again"
+        )
     return reader.get_batch(0)
 
 
@@ -155,10 +157,16 @@ class Dataset:
         self.root = Path(root)
         path = self.root / MANIFEST
         if not path.is_file():
-            raise DatasetError(f"{self.root}: no {MANIFEST}; not a dataset folder, or its preparation did not finish: run `ranker prepare`")
+            raise DatasetError(
+                f"{self.root}: no {MANIFEST}; not a dataset folder, or its preparation did not finish: "
+                "run `ranker prepare`"
+            )
         raw = json.loads(path.read_text())
         if raw.get("format_version") != FORMAT_VERSION:
-            raise DatasetError(f"{path}: format_version {raw.get('format_version')}, this version reads {FORMAT_VERSION}: run `ranker prepare` again")
+            raise DatasetError(
+                f"{path}: format_version {raw.get('format_version')}, this version reads {FORMAT_VERSION}: "
+                "run `ranker prepare` again"
+            )
         self.manifest = Manifest.model_validate(raw)
 
     def items(self) -> pa.RecordBatch:
@@ -166,12 +174,14 @@ class Dataset:
         return read_arrow(self.root / "items.arrow")
 
     def histories(self, partition: int) -> pa.RecordBatch:
-        """Columns ``user`` int32 (dense index), ``item`` list<int32>, ``time`` list<int64> (ms), ``event.NAME`` lists, ``user.NAME``."""
+        """One row per user: ``user`` int32 (dense index), ``item`` list<int32>, ``time`` list<int64> (ms),
+        ``event.NAME`` lists, ``user.NAME``."""
         return read_arrow(partition_dir(self.root, partition) / "histories.arrow")
 
     def requests(self, partition: int) -> pa.RecordBatch:
-        """Columns ``row`` int32 (row of histories), ``history_end`` int32 (events of that row that lie before the request), ``time``
-        int64 (ms), ``items`` list<int32>, ``request.NAME``, ``candidate.NAME`` lists, ``label.NAME`` list<float32>, ``oracle.NAME`` list<float32>."""
+        """One row per request: ``row`` int32 (its row of histories), ``history_end`` int32 (events of that row
+        before the request), ``time`` int64 (ms), ``items`` list<int32>, ``request.NAME``, ``candidate.NAME`` lists,
+        ``label.NAME`` and ``oracle.NAME`` list<float32>."""
         return read_arrow(partition_dir(self.root, partition) / "requests.arrow")
 
     def vocabulary_hash(self) -> str:

@@ -32,24 +32,26 @@ __all__ = ["Loader", "LoaderConfig", "RequestBatches", "Selection"]
 class LoaderConfig(Strict):
     """How batches are formed."""
 
-    requests: int = Field(64, ge=1, description="requests of a batch, at most, for each shard")
+    requests: int = Field(default=64, ge=1, description="requests of a batch, at most, for each shard")
     group: int = Field(
-        1, ge=1, description="up to so many consecutive requests of a user share a batch and one history row; 1: off"
+        default=1,
+        ge=1,
+        description="up to so many consecutive requests of a user share a batch and one history row; 1: off",
     )
     shards: int | None = Field(
-        None,
+        default=None,
         ge=1,
         description="data shards; default: as many as ranks. Fix it to keep the global batches when ranks change",
     )
-    workers: int = Field(1, ge=0, description="worker processes; 0 loads in the training process")
-    prefetch: int = Field(4, ge=1, description="batches each worker keeps ready")
+    workers: int = Field(default=1, ge=0, description="worker processes; 0 loads in the training process")
+    prefetch: int = Field(default=4, ge=1, description="batches each worker keeps ready")
     drop_item: float = Field(
-        0.05,
+        default=0.05,
         ge=0,
         lt=1,
         description="share of known item ids read as unknown in training, so that the row of new items is trained",
     )
-    drop_user: float = Field(0.05, ge=0, lt=1, description="the same for user ids")
+    drop_user: float = Field(default=0.05, ge=0, lt=1, description="the same for user ids")
 
 
 def _ranges(info: PartitionInfo, splits: tuple[Split, ...]) -> list[tuple[int, int]]:

@@ -39,7 +39,7 @@ class _Moments:
     def deviation(self) -> float:
         """Of the population; 1 where it is nothing but rounding of the mean."""
         deviation = float(np.sqrt(self.squares / max(self.count, 1)))
-        return deviation if deviation > 1e-9 * abs(self.mean) else 1.0
+        return deviation if deviation > 1e-12 * abs(self.mean) else 1.0
 
 
 def dense_moments(

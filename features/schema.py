@@ -28,13 +28,21 @@ class Strict(BaseModel):
 class ColumnConfig(Strict):
     """One input column (or SQL expression over input columns) and how it becomes numbers."""
 
-    kind: Kind = Field("categorical", description="categorical: one id; bag: list of ids; dense: float; vector: list of floats")
-    source: str | None = Field(None, description="input column or SQL expression over input columns; default: the column's own name")
-    separator: str | None = Field(None, description="bag only: splits a string into its values, e.g. ' ' or ','")
-    edges: list[float] | None = Field(None, description="categorical only: ascending bucket edges for a numeric source")
-    min_count: int = Field(1, ge=1, description="values seen less often in training go to the reserved row 0")
-    transform: Literal["none", "log1p"] = Field("none", description="dense only: applied before storing")
-    default: float | None = Field(None, description="dense only: replaces null; without it null is an error")
+    kind: Kind = Field(
+        default="categorical", description="categorical: one id; bag: list of ids; dense: float; vector: list of floats"
+    )
+    source: str | None = Field(
+        default=None, description="input column or SQL expression over input columns; default: the column's own name"
+    )
+    separator: str | None = Field(
+        default=None, description="bag only: splits a string into its values, e.g. ' ' or ','"
+    )
+    edges: list[float] | None = Field(
+        default=None, description="categorical only: ascending bucket edges for a numeric source"
+    )
+    min_count: int = Field(default=1, ge=1, description="values seen less often in training go to the reserved row 0")
+    transform: Literal["none", "log1p"] = Field(default="none", description="dense only: applied before storing")
+    default: float | None = Field(default=None, description="dense only: replaces null; without it null is an error")
 
     @model_validator(mode="after")
     def _options_fit_kind(self) -> ColumnConfig:
@@ -56,7 +64,7 @@ class ColumnsConfig(Strict):
     request: dict[str, ColumnConfig] = Field(default_factory=dict, description="context of a request")
     candidate: dict[str, ColumnConfig] = Field(
         default_factory=dict,
-        description="columns of one impression; `time` and `first_seen` (first time the item occurs in any log) may be used",
+        description="columns of one impression; `time` and `first_seen` (when the item first occurs in any log) may be used",
     )
 
     @model_validator(mode="after")
@@ -64,7 +72,9 @@ class ColumnsConfig(Strict):
         for scope, columns in (("event", self.event), ("candidate", self.candidate)):
             for name, column in columns.items():
                 if column.kind not in ("categorical", "dense"):
-                    raise ValueError(f"{scope}.{name}: a {column.kind} cannot belong to each {scope}; make it an item column")
+                    raise ValueError(
+                        f"{scope}.{name}: a {column.kind} cannot belong to each {scope}; make it an item column"
+                    )
         for name, column in (self.user | self.request).items():
             if column.kind == "vector":
                 raise ValueError(f"{name}: vectors can belong to items only; use dense columns")
@@ -75,8 +85,10 @@ class TableSource(Strict):
     """A Parquet file, a folder of them, or a glob, and the names of its key columns."""
 
     path: Path = Field(description="Parquet file, folder or glob")
-    columns: dict[str, str] = Field(default_factory=dict, description="our name: column name in the file (user, item, time, request, split)")
-    time_unit: TimeUnit = Field("ms", description="unit of an integer time column; timestamp columns need none")
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="our name: column name in the file (user, item, time, request, split)"
+    )
+    time_unit: TimeUnit = Field(default="ms", description="unit of an integer time column; timestamp columns need none")
 
 
 class LogsSource(Strict):
@@ -94,8 +106,8 @@ class RecBoleSource(Strict):
 
     type: Literal["recbole"] = "recbole"
     path: Path = Field(description="folder with NAME.inter and optionally NAME.item, NAME.user")
-    name: str | None = Field(None, description="file stem; default: the folder's name")
-    time: str = Field("timestamp", description="field of .inter with the event's time")
+    name: str | None = Field(default=None, description="file stem; default: the folder's name")
+    time: str = Field(default="timestamp", description="field of .inter with the event's time")
     time_unit: TimeUnit = "s"
 
 
@@ -104,8 +116,12 @@ class EbnerdSource(Strict):
 
     type: Literal["ebnerd"] = "ebnerd"
     path: Path = Field(description="folder with behaviors_{train,val}.parquet and history_{train,val}.parquet")
-    conversion_read_s: float = Field(30.0, gt=0, description="a click converts when the article is read at least so long, seconds")
-    train_users: str | None = Field(None, description="SQL condition on user_id that keeps training impressions, e.g. 'user_id % 10 < 6'")
+    conversion_read_s: float = Field(
+        default=30.0, gt=0, description="a click converts when the article is read at least so long, seconds"
+    )
+    train_users: str | None = Field(
+        default=None, description="SQL condition on user_id that keeps training impressions, e.g. 'user_id % 10 < 6'"
+    )
 
 
 class KuaiRandSource(Strict):
@@ -122,21 +138,27 @@ class SyntheticSource(Strict):
 
     type: Literal["synthetic"] = "synthetic"
     seed: int = 0
-    users: int = Field(2_000, ge=1)
-    items: int = Field(5_000, ge=10)
-    events_per_user: int = Field(500, ge=0, description="mean length of a user's history")
-    max_events_per_user: int = Field(20_000, ge=1)
-    requests_per_user: int = Field(10, ge=3, description="requests of a user: one or more to train, validate, test")
-    candidates_per_request: int = Field(10, ge=1)
-    topics: int = Field(64, ge=2, description="clusters of the content space")
-    content_dim: int = Field(16, ge=2)
-    interests_per_user: int = Field(6, ge=1)
-    old_interest_share: float = Field(
-        0.5, ge=0, le=1, description="share of interests visible only in the oldest events"
+    users: int = Field(default=2_000, ge=1)
+    items: int = Field(default=5_000, ge=10)
+    events_per_user: int = Field(default=500, ge=0, description="mean length of a user's history")
+    max_events_per_user: int = Field(default=20_000, ge=1)
+    requests_per_user: int = Field(
+        default=10, ge=3, description="requests of a user: one or more to train, validate, test"
     )
-    old_interest_age: int = Field(300, ge=0, description="old interests leave no event among the newest so many")
-    click_rate: float = Field(0.15, gt=0, lt=1, description="mean click probability aimed at")
-    conversion_rate: float = Field(0.3, gt=0, lt=1, description="mean conversion probability given a click aimed at")
+    candidates_per_request: int = Field(default=10, ge=1)
+    topics: int = Field(default=64, ge=2, description="clusters of the content space")
+    content_dim: int = Field(default=16, ge=2)
+    interests_per_user: int = Field(default=6, ge=1)
+    old_interest_share: float = Field(
+        default=0.5, ge=0, le=1, description="share of interests visible only in the oldest events"
+    )
+    old_interest_age: int = Field(
+        default=300, ge=0, description="old interests leave no event among the newest so many"
+    )
+    click_rate: float = Field(default=0.15, gt=0, lt=1, description="mean click probability aimed at")
+    conversion_rate: float = Field(
+        default=0.3, gt=0, lt=1, description="mean conversion probability given a click aimed at"
+    )
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> SyntheticSource:
@@ -157,23 +179,32 @@ Source = Annotated[
 class DeriveConfig(Strict):
     """Impressions from events, for datasets that have none: every chosen event is a request with one candidate."""
 
-    samples: str = Field("true", description="SQL condition over event columns: which events become samples")
-    min_history: int = Field(0, ge=0, description="a sample needs so many events of its user before it (in the order time, file)")
-    last: int | None = Field(None, ge=1, description="only each user's last so many events become samples")
+    samples: str = Field(default="true", description="SQL condition over event columns: which events become samples")
+    min_history: int = Field(
+        default=0, ge=0, description="a sample needs so many events of its user before it (in the order time, file)"
+    )
+    last: int | None = Field(default=None, ge=1, description="only each user's last so many events become samples")
 
 
 class SplitConfig(Strict):
     """How impressions are divided into train, valid and test."""
 
     by: Literal["column", "time", "last"] = Field(
-        "column", description="column: the source names the split; time: by instants; last: by each user's last requests"
+        default="column",
+        description="column: the source names the split; time: by instants; last: by each user's last requests",
     )
-    valid_from: str | None = Field(None, description="by time: ISO instant (UTC) at which validation starts")
-    test_from: str | None = Field(None, description="by time: ISO instant (UTC) at which test starts")
-    valid_last: int = Field(0, ge=0, description="by last: so many of a user's requests before the test ones validate")
-    test_last: int = Field(0, ge=0, description="by last: so many of a user's last requests test")
-    valid_users: float = Field(0.0, ge=0, lt=1, description="share of users (by hash) whose training requests validate")
-    valid_time: float = Field(0.0, ge=0, lt=1, description="share of training requests, the latest, that validate")
+    valid_from: str | None = Field(default=None, description="by time: ISO instant (UTC) at which validation starts")
+    test_from: str | None = Field(default=None, description="by time: ISO instant (UTC) at which test starts")
+    valid_last: int = Field(
+        default=0, ge=0, description="by last: so many of a user's requests before the test ones validate"
+    )
+    test_last: int = Field(default=0, ge=0, description="by last: so many of a user's last requests test")
+    valid_users: float = Field(
+        default=0.0, ge=0, lt=1, description="share of users (by hash) whose training requests validate"
+    )
+    valid_time: float = Field(
+        default=0.0, ge=0, lt=1, description="share of training requests, the latest, that validate"
+    )
 
     @model_validator(mode="after")
     def _complete(self) -> SplitConfig:
@@ -187,9 +218,11 @@ class SplitConfig(Strict):
 class HistoryConfig(Strict):
     """What a history may contain."""
 
-    label_delay_s: float = Field(0.0, ge=0, description="an event enters histories so many seconds after it happened")
+    label_delay_s: float = Field(
+        default=0.0, ge=0, description="an event enters histories so many seconds after it happened"
+    )
     freeze: Literal["none", "day", "split"] = Field(
-        "none",
+        default="none",
         description="day: histories end at the last midnight (UTC) before the request, a daily snapshot; "
         "split: where the split's first request begins",
     )
@@ -206,9 +239,9 @@ class CounterConfig(Strict):
     key: list[Literal["user", "item"]] = Field(min_length=1)
     of: Literal["impressions", "events"]
     value: str = Field(description="SQL expression over the rows counted, e.g. 'click' or 'rating >= 4'")
-    window_s: float | None = Field(None, gt=0, description="only rows of the last so many seconds")
-    delay_s: float = Field(0.0, ge=0, description="rows count only so many seconds after they happened")
-    smoothing: float = Field(20.0, ge=0)
+    window_s: float | None = Field(default=None, gt=0, description="only rows of the last so many seconds")
+    delay_s: float = Field(default=0.0, ge=0, description="rows count only so many seconds after they happened")
+    smoothing: float = Field(default=20.0, ge=0)
 
 
 class PrepareConfig(Strict):
@@ -221,19 +254,26 @@ class PrepareConfig(Strict):
         default_factory=lambda: {"click": "click"},
         description="label name: SQL expression over impression (or, derived, event) columns; must give 0 or 1",
     )
-    derive: DeriveConfig | None = Field(None, description="make impressions from events")
+    derive: DeriveConfig | None = Field(default=None, description="make impressions from events")
     split: SplitConfig = Field(default_factory=SplitConfig)
     history: HistoryConfig = Field(default_factory=HistoryConfig)
     counters: list[CounterConfig] = Field(default_factory=list)
-    item_min_count: int = Field(1, ge=1, description="items seen less often before the end of training share the reserved row 0")
-    time_range: tuple[str, str] = Field(
-        ("1995-01-01", "2100-01-01"), description="ISO dates between which every time must lie: catches wrong units"
+    item_min_count: int = Field(
+        default=1, ge=1, description="items seen less often before the end of training share the reserved row 0"
     )
-    partitions: int | None = Field(None, ge=1, description="number of user-hash partitions; default: from the logs' size")
+    time_range: tuple[str, str] = Field(
+        default=("1995-01-01", "2100-01-01"),
+        description="ISO dates between which every time must lie: catches wrong units",
+    )
+    partitions: int | None = Field(
+        default=None, ge=1, description="number of user-hash partitions; default: from the logs' size"
+    )
     rows_per_partition: int = Field(
-        1_000_000, ge=1_000, description="default partitions are sized to hold about so many rows; one is in memory"
+        default=1_000_000,
+        ge=1_000,
+        description="default partitions are sized to hold about so many rows; one is in memory",
     )
     memory_limit_gb: float = Field(
-        0.5, gt=0.1, description="memory of the out-of-core engine, GiB; one partition comes on top"
+        default=0.5, gt=0.1, description="memory of the out-of-core engine, GiB; one partition comes on top"
     )
-    threads: int = Field(2, ge=1)
+    threads: int = Field(default=2, ge=1)

@@ -104,7 +104,12 @@ class File:
     def _column(self, name: str) -> pa.Array:
         if name not in self._batch.schema.names:
             raise self._unusable(name, f"is missing; columns: {', '.join(self._batch.schema.names)}")
-        return self._batch.column(name)
+        column = self._batch.column(name)
+        try:
+            column.validate()
+        except pa.ArrowInvalid as error:
+            raise self._unusable(name, f"is broken ({error})") from error
+        return column
 
     def _view(self, name: str, values: pa.Array) -> Array:
         if values.null_count:

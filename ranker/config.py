@@ -1,4 +1,5 @@
-"""Typed configuration of a run: features, tables, blocks, tower, optimisers, training. Each part is read by the code it names."""
+"""Typed configuration of a run: features, tables, blocks, tower, optimisers, training. Each part is read by the code
+it names."""
 
 from __future__ import annotations
 
@@ -15,12 +16,12 @@ from features.selection import FeaturesConfig
 class TablesConfig(Strict):
     """Embedding tables and how TorchRec may shard them."""
 
-    dim: int = Field(16, ge=4, multiple_of=4, description="embedding width")
+    dim: int = Field(default=16, ge=4, multiple_of=4, description="embedding width")
     dims: dict[str, int] = Field(default_factory=dict, description="other widths by feature, pooled features only")
-    init_scale: float = Field(0.01, gt=0, description="tables start uniform in ± this")
+    init_scale: float = Field(default=0.01, gt=0, description="tables start uniform in ± this")
     optimizer: Literal["rowwise_adagrad", "adagrad", "sgd"] = "rowwise_adagrad"
-    lr: float = Field(0.05, gt=0)
-    eps: float = Field(1e-8, gt=0)
+    lr: float = Field(default=0.05, gt=0)
+    eps: float = Field(default=1e-8, gt=0)
     pooled_sharding: list[Literal["table_wise", "column_wise", "row_wise", "table_row_wise"]] = Field(
         default_factory=lambda: ["table_wise", "column_wise"], description="allowed for pooled tables"
     )
@@ -32,27 +33,27 @@ class TablesConfig(Strict):
 class DinConfig(Strict):
     """DIN on the short history."""
 
-    length: int = Field(50, ge=0, description="latest events; 0: all")
+    length: int = Field(default=50, ge=0, description="latest events; 0: all")
     hidden: list[int] = Field(default_factory=lambda: [64], min_length=1)
     softmax: bool = False
-    age_buckets: int = Field(0, ge=0)
+    age_buckets: int = Field(default=0, ge=0)
 
 
 class MeanConfig(Strict):
     """Mean pooling."""
 
     type: Literal["mean"] = "mean"
-    length: int = Field(0, ge=0, description="latest events; 0: all")
+    length: int = Field(default=0, ge=0, description="latest events; 0: all")
 
 
 class TargetAttentionConfig(Strict):
     """Full-length multi-head target attention."""
 
     type: Literal["target_attention"] = "target_attention"
-    length: int = Field(0, ge=0, description="latest events; 0: all")
-    heads: int = Field(2, ge=1)
-    head_dim: int = Field(16, ge=1)
-    age_buckets: int = Field(32, ge=0)
+    length: int = Field(default=0, ge=0, description="latest events; 0: all")
+    heads: int = Field(default=2, ge=1)
+    head_dim: int = Field(default=16, ge=1)
+    age_buckets: int = Field(default=32, ge=0)
 
 
 LongConfig = Annotated[MeanConfig | TargetAttentionConfig, Field(discriminator="type")]
@@ -63,9 +64,9 @@ class TowerConfig(Strict):
 
     type: Literal["mlp", "mmoe"] = "mlp"
     hidden: list[int] = Field(default_factory=lambda: [128, 64], min_length=1)
-    dropout: float = Field(0.0, ge=0, lt=1)
-    experts: int = Field(4, ge=2, description="mmoe only")
-    target: bool = Field(True, description="feed the candidate's sequence embedding too")
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    experts: int = Field(default=4, ge=2, description="mmoe only")
+    target: bool = Field(default=True, description="feed the candidate's sequence embedding too")
 
 
 class ModelConfig(Strict):
@@ -79,41 +80,54 @@ class ModelConfig(Strict):
 class TasksConfig(Strict):
     """Which labels of the dataset are learned."""
 
-    click: str = Field("click", description="label of CTR")
-    conversion: str | None = Field(None, description="label of CVR, counted on clicks; none: CTR only")
-    conversion_weight: float = Field(1.0, ge=0, description="weight of the CTCVR loss")
+    click: str = Field(default="click", description="label of CTR")
+    conversion: str | None = Field(default=None, description="label of CVR, counted on clicks; none: CTR only")
+    conversion_weight: float = Field(default=1.0, ge=0, description="weight of the CTCVR loss")
 
 
 class OptimizerConfig(Strict):
     """Adam for dense parameters."""
 
-    lr: float = Field(1e-3, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    clip_norm: float = Field(10.0, gt=0, description="gradient norm of the dense parameters")
-    warmup_steps: int = Field(0, ge=0, description="linear warm-up of the dense learning rate")
+    lr: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip_norm: float = Field(default=10.0, gt=0, description="gradient norm of the dense parameters")
+    warmup_steps: int = Field(default=0, ge=0, description="linear warm-up of the dense learning rate")
 
 
 class TrainingConfig(Strict):
     """How long, how often, when to stop."""
 
-    epochs: int = Field(1, ge=1)
-    max_steps: int | None = Field(None, ge=1)
+    epochs: int = Field(default=1, ge=1)
+    max_steps: int | None = Field(default=None, ge=1)
     splits: list[Split] = Field(default_factory=lambda: ["train"], min_length=1, description="splits that train")
-    validate_every: int | None = Field(None, ge=1, description="steps between validations; default: each epoch's end")
-    validation_split: Split | None = Field("valid", description="none: no validation, no early stopping")
-    monitor: Literal["auc", "uauc", "logloss", "ne"] = Field("auc", description="CTR metric that early stopping watches")
-    patience: int | None = Field(None, ge=1, description="stop after so many validations without gain; none: never")
-    checkpoint_every: int | None = Field(None, ge=1, description="steps between checkpoints; default: each epoch's end")
-    keep_checkpoints: int = Field(2, ge=1)
-    log_every: int = Field(50, ge=1)
+    validate_every: int | None = Field(
+        default=None, ge=1, description="steps between validations; default: each epoch's end"
+    )
+    validation_split: Split | None = Field(default="valid", description="none: no validation, no early stopping")
+    monitor: Literal["auc", "uauc", "logloss", "ne"] = Field(
+        default="auc", description="CTR metric that early stopping watches"
+    )
+    patience: int | None = Field(
+        default=None, ge=1, description="stop after so many validations without gain; none: never"
+    )
+    checkpoint_every: int | None = Field(
+        default=None, ge=1, description="steps between checkpoints; default: each epoch's end"
+    )
+    keep_checkpoints: int = Field(default=2, ge=1)
+    log_every: int = Field(default=50, ge=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int | None = Field(None, ge=1, description="CPU threads of each rank; default: cores / ranks on the machine − loader workers")
+    threads: int | None = Field(
+        default=None,
+        ge=1,
+        description="CPU threads of each rank; default: cores / ranks on the machine − loader workers",
+    )
 
     @model_validator(mode="after")
     def _early_stopping_needs_validation(self) -> TrainingConfig:
-        if self.validation_split in self.splits:
-            if self.patience is not None:
-                raise ValueError(f"patience: the validation split {self.validation_split!r} is trained on; remove it from splits")
+        if self.patience is not None and self.validation_split in self.splits:
+            raise ValueError(
+                f"patience: the validation split {self.validation_split!r} is trained on; remove it from splits"
+            )
         return self
 
 

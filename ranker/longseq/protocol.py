@@ -1,6 +1,7 @@
 """The one protocol of every long-sequence method: `encode` a history once per request, `read` once per candidate.
 
-What `encode` may know is the history and the probes; what it returns, the memory, is what a store keeps, so that offline and
+What `encode` may know is the history and the probes; what it returns, the memory, is what a store keeps, so that
+offline and
 online are one code path. A method is a compressor if the cost of `read` does not grow with the history's length.
 
 Symbols: R requests, N candidates of all requests, T events of all distinct histories, d width.
@@ -41,14 +42,16 @@ class Probes(NamedTuple):
 
 
 class Target(NamedTuple):
-    """Candidates. x: `[N, d]`; offsets: `[R + 1]` int64, the candidates of request r are ``offsets[r] : offsets[r + 1]``."""
+    """Candidates. x: `[N, d]`; offsets: `[R + 1]` int64, the candidates of request r are ``offsets[r] : offsets[r +
+    1]``."""
 
     x: Tensor
     offsets: Tensor
 
 
 class LongSequence(Protocol):
-    """What a long-sequence block offers. Implementations are scriptable ``nn.Module``s whose memory is a NamedTuple of tensors."""
+    """What a long-sequence block offers. Implementations are scriptable ``nn.Module``s whose memory is a NamedTuple
+    of tensors."""
 
     out_dim: int
 

@@ -1,7 +1,8 @@
 """Full-length target attention: every candidate attends to every event. Exact, and its `read` costs O(L) per candidate.
 
 The reference that every approximation is measured against: multi-head softmax attention (Vaswani et al. 2017) with the
-candidate as the only query, and a learned bias per head on the logarithm of an event's age, which an id alone cannot tell.
+candidate as the only query, and a learned bias per head on the logarithm of an event's age, which an id alone cannot
+tell.
 Keys and values are projected once per distinct history.
 """
 
@@ -16,7 +17,8 @@ from ranker.ops.jagged import expand_windows, log_bucket
 
 
 class AttentionMemory(NamedTuple):
-    """k, v: `[T, heads, d_head]`; start, end: `[R]` windows into T; bias: `[P, heads]` of every (request, event) pair, or empty."""
+    """k, v: `[T, heads, d_head]`; start, end: `[R]` windows into T; bias: `[P, heads]` of every (request, event)
+    pair, or empty."""
 
     k: Tensor
     v: Tensor

@@ -1,4 +1,4 @@
-"""The dense parts around the long-sequence blocks: DIN on the short history, towers, and the losses of CTR and CTCVR."""
+"""Dense parts around the long-sequence blocks: DIN on the short history, towers, the losses of CTR and CTCVR."""
 
 from ranker.towers.din import DIN
 from ranker.towers.esmm import esmm_loss, esmm_probabilities

@@ -1,4 +1,5 @@
-"""Quality of models on a prepared dataset: trains each for several seeds, and prints mean ± standard deviation beside the references.
+"""Quality of models on a prepared dataset: trains each for several seeds, and prints mean ± standard deviation beside
+the references.
 
     python -m tests.benchmarks.quality configs/ml1m --dataset datasets/ml1m --out runs/ml1m \\
         --models mean din target_attention --seeds 0 1 2
@@ -30,7 +31,15 @@ def measure(config: Path, run: Path, settings: list[str]) -> dict[str, Any]:
         run.parent.mkdir(parents=True, exist_ok=True)
         with run.with_suffix(".log").open("w") as log:
             for command in (
-                ["ranker.train", str(config), "--out", str(run), *(["--resume"] if run.exists() else []), "--set", *settings],
+                [
+                    "ranker.train",
+                    str(config),
+                    "--out",
+                    str(run),
+                    *(["--resume"] if run.exists() else []),
+                    "--set",
+                    *settings,
+                ],
                 ["ranker.evaluate", str(run), "--split", "test"],
             ):
                 subprocess.run([sys.executable, "-m", *command], stdout=log, stderr=log, check=True)
@@ -55,7 +64,9 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", required=True, help="names of configs")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--parallel", type=int, default=max(1, (os.cpu_count() or 1)), help="runs at a time, a thread each")
+    parser.add_argument(
+        "--parallel", type=int, default=max(1, (os.cpu_count() or 1)), help="runs at a time, a thread each"
+    )
     given = parser.parse_args()
 
     def one(job: tuple[str, int]) -> dict[str, Any]:
