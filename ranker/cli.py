@@ -88,7 +88,7 @@ def train(
     ensure_versions()
     from features.config_file import load_config
     from ranker.config import TrainConfig
-    from ranker.train import train as run
+    from ranker.trainer import train as run
 
     run(load_config(config, TrainConfig, set_ or ()), out, resume=resume)
 

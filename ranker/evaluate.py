@@ -20,7 +20,7 @@ from ranker.references import fit_references
 from ranker.report import Report, make_report, print_report, write_metrics
 from ranker.run import Run
 from ranker.sharding import shard
-from ranker.train import build
+from ranker.trainer import build
 
 
 def restore(run: Run, ranks: Ranks) -> Ranker:

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from features.config_file import load_config
 from features.prepare import prepare
 from features.schema import PrepareConfig
-from ranker import train as training
+from ranker import trainer as training
 from ranker.config import TrainConfig
 from ranker.evaluate import evaluate
 
@@ -78,7 +78,7 @@ training: {epochs: 2, threads: 1, device: cpu, log_every: 5}
 def _a_healthy_toolchain() -> object:
     """The toolchain's check has tests of its own; it takes seconds at each start."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "ensure_healthy", lambda: None)
+        patch.setattr(training, "ensure_healthy", lambda device: None)
         yield
 
 

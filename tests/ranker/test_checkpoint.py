@@ -13,7 +13,7 @@ from torch import Tensor
 from ranker import checkpoint
 from ranker.config import TrainConfig
 from ranker.run import Run, RunError
-from ranker.train import Trainer, train
+from ranker.trainer import Trainer, train
 
 ConfigOf = Callable[..., TrainConfig]
 Read = Callable[[Path], dict[str, Tensor]]

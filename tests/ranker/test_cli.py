@@ -107,7 +107,7 @@ def test_evaluate_and_export_pass_their_arguments(run, stub):
 
 def test_train_passes_overrides_and_resume(run, stub, tmp_path: Path):
     given: list[object] = []
-    stub("ranker.train", "train", lambda config, out, resume: given.append((config, out, resume)))
+    stub("ranker.trainer", "train", lambda config, out, resume: given.append((config, out, resume)))
     path = tmp_path / "run.yaml"
     path.write_text("name: x\ndataset: d")
     assert run("train", str(path), "--out", "r", "--set", "model.short.length=7", "--resume")[0] == 0
@@ -118,7 +118,7 @@ def test_train_passes_overrides_and_resume(run, stub, tmp_path: Path):
 def test_commands_refuse_a_wrong_toolchain_before_they_import_it(run, stub, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(doctor, "installed_version", lambda name: None)
     monkeypatch.setattr(cli, "ensure_versions", lambda: doctor.ensure_versions({"torch": "2.13.0"}.get))
-    stub("ranker.train", "train", None)
+    stub("ranker.trainer", "train", None)
     code, _, err = run("train", "none.yaml", "--out", "r")
     assert code == 2
     assert "torchrec: not installed" in err

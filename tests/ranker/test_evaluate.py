@@ -131,7 +131,7 @@ def test_the_best_checkpoint_is_measured(trained: Path, tmp_path: Path, metrics:
 
 
 def test_unknown_items_are_counted(config_of: ConfigOf, gaps: Path, tmp_path: Path):
-    from ranker.train import train
+    from ranker.trainer import train
 
     features = "features={request: [user], candidate: [item], dense: [], sequence: [item], event: []}"
     train(config_of(f"dataset={gaps}", features, "training.max_steps=2"), tmp_path / "run")

@@ -23,7 +23,7 @@ from ranker.export import ExportError, export, inputs_of, known_ids
 from ranker.predict import scoring_loader, selection_of
 from ranker.ranks import Ranks
 from ranker.run import Run, RunError, versions
-from ranker.train import train
+from ranker.trainer import train
 
 ConfigOf = Callable[..., TrainConfig]
 Inputs = dict[str, Tensor]

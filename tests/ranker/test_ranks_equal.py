@@ -22,11 +22,11 @@ from features.config_file import load_config
 from features.dataset import Dataset
 from features.errors import UserError
 from ranker import checkpoint, ranks
-from ranker import train as training
+from ranker import trainer as training
 from ranker.config import TrainConfig
 from ranker.predict import selection_of
 from ranker.run import Run
-from ranker.train import train
+from ranker.trainer import train
 
 ConfigOf = Callable[..., TrainConfig]
 Read = Callable[[Path], dict[str, Tensor]]
@@ -61,7 +61,7 @@ def scenarios(config: Path, gaps: Path, out: Path) -> None:
     def config_of(*options: str) -> TrainConfig:
         return load_config(config, TrainConfig, options)
 
-    training.ensure_healthy = lambda: None
+    training.ensure_healthy = lambda device: None
     torch.distributed.init_process_group("gloo")
     ranks.dist.init_process_group = lambda *_, **__: None  # type: ignore[assignment]
     ranks.dist.destroy_process_group = lambda *_: None  # type: ignore[assignment]
@@ -148,7 +148,7 @@ def test_more_ranks_than_shards_go_on_with_the_epoch(runs: Path, config_of: Conf
     assert (position.shards, position.epoch, position.step_in_epoch) == (2, 2, 0)
     data = Dataset(dataset)
     from features.selection import resolve
-    from ranker.train import Loader
+    from ranker.trainer import Loader
 
     selection = selection_of(run.config, data, resolve(run.config.features, data.manifest))
 

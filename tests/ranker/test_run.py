@@ -17,7 +17,7 @@ from ranker.config import TrainConfig
 from ranker.evaluate import evaluate
 from ranker.export import export
 from ranker.run import Run, RunError, git_commit, versions
-from ranker.train import train
+from ranker.trainer import train
 
 ConfigOf = Callable[..., TrainConfig]
 

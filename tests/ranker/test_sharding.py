@@ -20,7 +20,7 @@ from ranker.progress import Progress
 from ranker.ranks import join_ranks
 from ranker.sharding import ShardingError, describe_plan, shard, table_names
 from ranker.towers import esmm_loss
-from ranker.train import Trainer, build
+from ranker.trainer import Trainer, build
 
 ConfigOf = Callable[..., TrainConfig]
 

@@ -15,7 +15,8 @@ from features.errors import UserError
 from ranker.config import TrainConfig
 from ranker.evaluate import evaluate
 from ranker.run import Run, RunError
-from ranker.train import Trainer, main, train
+from ranker.train import main
+from ranker.trainer import Trainer, train
 
 ConfigOf = Callable[..., TrainConfig]
 Scalars = Callable[[Path], dict[str, dict[int, float]]]

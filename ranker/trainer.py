@@ -1,0 +1,307 @@
+"""Training: the loop, validation, early stopping, checkpoints. Started by `ranker train` and :mod:`ranker.train`.
+
+A step's loss is the mean over the candidates of all ranks, so that the numbers do not depend on how many ranks share a
+global batch.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.tensorboard.writer import SummaryWriter
+
+from features.batch import RequestBatch
+from features.dataset import Dataset
+from features.errors import UserError
+from features.loader import Loader, Selection
+from features.moments import dense_moments
+from features.selection import FeatureSpec, resolve
+from ranker import checkpoint
+from ranker.checkpoint import Position
+from ranker.config import TrainConfig
+from ranker.doctor import ensure_healthy
+from ranker.metrics import Predictions, task_metrics
+from ranker.model import Moments, Ranker
+from ranker.predict import predict, refuse_not_finite, scoring_loader, selection_of
+from ranker.progress import Progress, log
+from ranker.ranks import Ranks, join_ranks
+from ranker.run import Run, refuse_existing
+from ranker.sharding import describe_plan, optimizer_of, shard
+from ranker.towers import esmm_loss
+
+
+def build(spec: FeatureSpec, config: TrainConfig, moments: Moments) -> Ranker:
+    """The unsharded ranker with tables on the meta device, the dense part from the seed."""
+    torch.manual_seed(config.seed)
+    return Ranker(spec, config, moments, device=torch.device("meta"))
+
+
+def _mixed(*numbers: int) -> int:
+    """One seed of several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+@dataclass
+class _Window:
+    """Sums since the last log line."""
+
+    losses: Tensor
+    candidates: float = 0.0
+    requests: float = 0.0
+    clicks: float = 0.0
+    started: float = 0.0
+
+
+class Trainer:
+    """One training run on this rank: built from its config, then :meth:`fit`.
+
+    Args:
+        start: the checkpoint to go on from.
+    """
+
+    def __init__(
+        self, config: TrainConfig, dataset: Dataset, moments: Moments, ranks: Ranks, start: Path | None = None
+    ) -> None:
+        self.config, self.ranks = config, ranks
+        spec = resolve(config.features, dataset.manifest)
+        selection = selection_of(config, dataset, spec)
+        self.position = checkpoint.position_of(start) if start else Position(shards=1)
+        self._settle_shards(dataset, selection)
+        self.loader = self._training_loader(dataset, selection, self.position.shards, ranks.rank, ranks.world)
+        self.validation = self._validation_loader(dataset, selection)
+        model = build(spec, config, moments)
+        torch.manual_seed(config.seed + ranks.rank)  # each rank's part of a table starts with values of its own
+        self.model, plan = shard(model, config.tables, ranks)
+        self.optimizer, self.adam = optimizer_of(self.model, config.optimizer)
+        self.dense_parameters: list[nn.Parameter] = [p for group in self.adam.param_groups for p in group["params"]]
+        self.writer: SummaryWriter | None = None
+        if ranks.first:
+            for table, sharding, kernel, where in describe_plan(plan):
+                log(f"table {table}: {sharding}, kernel {kernel}, ranks {where}")
+            log(f"dense parameters: {sum(p.numel() for p in self.dense_parameters):,}")
+        if start:
+            checkpoint.load(start, self.model, self.optimizer)
+            if ranks.first:
+                log(f"resumed from {start} at step {self.position.step}")
+
+    def _training_loader(self, dataset: Dataset, selection: Selection, shards: int, rank: int, world: int) -> Loader:
+        config = self.config.loader.model_copy(update={"shards": shards})
+        return Loader(
+            dataset, tuple(self.config.training.splits), selection, config, self.config.seed, True, rank, world
+        )
+
+    def _settle_shards(self, dataset: Dataset, selection: Selection) -> None:
+        """The shards of a resumed run stay as they were, and with them its batches, unless there are too few for the
+        ranks: then the epoch goes on at the same share of it."""
+        before, world = self.position.shards, self.ranks.world
+        now = self.config.loader.shards or max(world, before)
+        if self.position.step_in_epoch and now != before:
+            steps_before, steps = (self._training_loader(dataset, selection, n, 0, 1).steps() for n in (before, now))
+            step = self.position.step_in_epoch * steps // steps_before
+            if self.ranks.first:
+                log(
+                    f"{before} data shards are too few for {world} ranks, now {now}: the epoch goes on at step {step} "
+                    f"of {steps}, where it was at {self.position.step_in_epoch} of {steps_before}"
+                )
+            self.position.step_in_epoch = step
+        self.position.shards = now
+
+    def _validation_loader(self, dataset: Dataset, selection: Selection) -> Loader | None:
+        split = self.config.training.validation_split
+        if split is None or split in self.config.training.splits:
+            return None
+        if split not in dataset.manifest.filled_splits():
+            if self.config.training.patience is not None:
+                raise UserError(
+                    f"training.patience: the dataset has no split {split!r} to watch; prepare one (split.valid_time, "
+                    "split.valid_users or split.valid_last) or set training.patience: null"
+                )
+            return None
+        return scoring_loader(self.config, dataset, split, selection, self.ranks)
+
+    def fit(self, root: Path) -> None:
+        """Train to the end, all epochs, the step limit, or patience spent, and write into the run folder `root`."""
+        config = self.config.training
+        epoch_steps = self.loader.steps()
+        ahead = epoch_steps * (config.epochs - self.position.epoch) - self.position.step_in_epoch
+        self.total = min(self.position.step + max(ahead, 0), config.max_steps or sys.maxsize)
+        if self.ranks.first:
+            self.writer = SummaryWriter(str(root / "tensorboard"), purge_step=self.position.step + 1)
+        self.window = self._new_window()
+        with Progress("train", self.total, self.ranks.first, self.position.step) as progress:
+            while self.position.step < self.total and not self._patience_spent():
+                for batch in self.loader.batches(self.position.epoch, self.position.step_in_epoch):
+                    self._step(batch.to(self.ranks.device), progress)
+                    self.position.step_in_epoch += 1
+                    epoch_done = self.position.step_in_epoch == epoch_steps
+                    if epoch_done:
+                        self.position.epoch += 1
+                        self.position.step_in_epoch = 0
+                    last = self.position.step == self.total
+                    gained = False
+                    if self.validation and (last or self._due(config.validate_every, epoch_done)):
+                        gained = self._validate(self.validation)
+                    last = last or self._patience_spent()
+                    if gained or last or self._due(config.checkpoint_every, epoch_done):
+                        self._save(root)
+                    if epoch_done or last:
+                        break
+        if self.ranks.first and self._patience_spent():
+            log(f"stopped early: no gain in {self.position.stale_validations} validations")
+        if self.writer:
+            self.writer.close()
+
+    def _due(self, every: int | None, epoch_done: bool) -> bool:
+        return self.position.step % every == 0 if every else epoch_done
+
+    def _patience_spent(self) -> bool:
+        patience = self.config.training.patience
+        return patience is not None and self.position.stale_validations >= patience
+
+    def _step(self, batch: RequestBatch, progress: Progress) -> None:
+        self.model.train()
+        # what dropout masks is a function of seed, step and rank alone, so that a resumed run masks the same
+        torch.manual_seed(_mixed(self.config.seed, self.position.step, self.ranks.rank))
+        for group in self.adam.param_groups:
+            warmup = self.config.optimizer.warmup_steps
+            group["lr"] = self.config.optimizer.lr * min(1.0, (self.position.step + 1) / warmup if warmup else 1.0)
+        candidates = self.ranks.total(batch.candidates)
+        losses = esmm_loss(self.model(batch), batch.labels)
+        weights = torch.tensor([1.0, self.config.tasks.conversion_weight][: losses.numel()], device=losses.device)
+        # ranks are averaged in the backward pass; times their number, this is the mean over all candidates
+        loss = (losses * weights).sum() * (self.ranks.world / max(candidates, 1.0))
+        self.optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.dense_parameters, self.config.optimizer.clip_norm)
+        if not torch.isfinite(norm):
+            raise UserError(
+                f"step {self.position.step + 1}: the gradient is {float(norm)}; lower optimizer.lr or tables.lr, or "
+                "look for extreme values in features.dense"
+            )
+        self.optimizer.step()
+        self.position.step += 1
+        self.window.losses += losses.detach()
+        self.window.candidates += batch.candidates
+        self.window.requests += batch.requests
+        self.window.clicks += float(batch.labels[:, 0].sum())
+        if self.position.step % self.config.training.log_every == 0 or self.position.step == self.total:
+            self._log(float(norm), progress)
+        progress.advance()
+
+    def _new_window(self) -> _Window:
+        tasks = 1 if self.config.tasks.conversion is None else 2
+        return _Window(torch.zeros(tasks, device=self.ranks.device), started=time.perf_counter())
+
+    def _log(self, norm: float, progress: Progress) -> None:
+        window, step = self.window, self.position.step
+        seconds = time.perf_counter() - window.started
+        counts = (window.candidates, window.requests, window.clicks)
+        candidates, requests, clicks = (self.ranks.total(x) for x in counts)
+        losses = [self.ranks.total(float(x)) / max(candidates, 1) for x in window.losses]
+        rate = min(max(clicks / max(candidates, 1), 1e-7), 1 - 1e-7)
+        entropy = -(rate * np.log(rate) + (1 - rate) * np.log(1 - rate))
+        scalars = dict(zip(("loss/ctr", "loss/ctcvr"), losses, strict=False))
+        scalars |= {
+            "train/ne": losses[0] / entropy,
+            "train/gradient_norm": norm,
+            "train/learning_rate": self.adam.param_groups[0]["lr"],
+            "speed/requests_per_s": requests / seconds,
+            "speed/candidates_per_s": candidates / seconds,
+        }
+        if self.writer:
+            for name, value in scalars.items():
+                self.writer.add_scalar(name, value, step)
+        progress.note(
+            f"loss {losses[0]:.4f}  ne {scalars['train/ne']:.4f}  {scalars['speed/candidates_per_s']:,.0f} candidates/s"
+        )
+        self.window = self._new_window()
+
+    def _validate(self, loader: Loader) -> bool:
+        """Measure the validation split; whether the monitored metric gained. The same answer on every rank."""
+        started = time.perf_counter()
+        predictions = predict(self.model, loader, self.config, self.ranks)
+
+        def measure() -> float:
+            assert predictions is not None
+            return self._measure(predictions)
+
+        value = self.ranks.agree(measure)
+        better = value if self.config.training.monitor in ("auc", "uauc") else -value
+        gained = self.position.best is None or better > self.position.best
+        if gained:
+            self.position.best, self.position.best_step, self.position.stale_validations = better, self.position.step, 0
+        else:
+            self.position.stale_validations += 1
+        self.window.started += time.perf_counter() - started
+        return gained
+
+    def _measure(self, predictions: Predictions) -> float:
+        """Log the metrics; the monitored one."""
+        refuse_not_finite(predictions)
+        step, monitor = self.position.step, self.config.training.monitor
+        measured = task_metrics(predictions)
+        for task, metrics in measured.items():
+            for name in ("auc", "uauc", "logloss", "ne", "calibration"):
+                number = getattr(metrics, name)
+                if self.writer and number is not None:
+                    self.writer.add_scalar(f"valid/{task}/{name}", number, step)
+        ctr = measured["ctr"]
+        shown = {"auc": ctr.auc, "uauc": ctr.uauc, "log loss": ctr.logloss, "ne": ctr.ne}
+        log(f"step {step}: valid " + "  ".join(f"{k} {'–' if v is None else f'{v:.4f}'}" for k, v in shown.items()))
+        watched = getattr(ctr, monitor)
+        if watched is None:
+            raise UserError(
+                f"training.monitor: {monitor} is undefined on the validation split, where {ctr.positives:,} of "
+                f"{ctr.impressions:,} impressions are clicked; watch logloss, or set training.validation_split: null"
+            )
+        return float(watched)
+
+    def _save(self, root: Path) -> None:
+        path = checkpoint.path_of(root, self.position.step)
+        checkpoint.save(path, self.model, self.optimizer, self.position, self.ranks)
+        if not self.ranks.first:
+            return
+        written = checkpoint.all_of(root)
+        keep = written[-self.config.training.keep_checkpoints :]
+        if self.position.best_step is not None:
+            keep.append(checkpoint.path_of(root, self.position.best_step))
+        for old in written:
+            if old not in keep:
+                checkpoint.remove(old)
+
+
+def train(config: TrainConfig, out: Path, resume: bool = False) -> None:
+    """Train a run into the folder `out`, on this process or on the ranks it is one of.
+
+    Raises:
+        UserError: an unhealthy toolchain, a config that does not fit the dataset, a folder that exists (or, resuming,
+            does not).
+    """
+    ensure_healthy(config.training.device)
+    with join_ranks(config.training.device, config.training.threads, config.loader.workers) as ranks:
+        if resume:
+            run = Run(out)
+            run.go_on_with(config)
+            trainer = Trainer(config, run.dataset(), run.moments(), ranks, next(reversed(run.checkpoints()), None))
+            if ranks.first:
+                run.save_config()
+        else:
+            refuse_existing(out)
+            dataset = Dataset(config.dataset)
+            moments = ranks.agree(lambda: _moments(config, dataset))
+            # the folder comes last: what is refused until here leaves nothing behind
+            trainer = Trainer(config, dataset, moments, ranks)
+            ranks.agree(lambda: Run.create(out, config, dataset, moments, ranks.world).root)
+        trainer.fit(out)
+
+
+def _moments(config: TrainConfig, dataset: Dataset) -> Moments:
+    spec = resolve(config.features, dataset.manifest)
+    dense = (*spec.request_dense, *spec.candidate_dense, *spec.event_dense)
+    return dense_moments(dataset, dense, tuple(config.training.splits))
