@@ -5,6 +5,7 @@ Symbols as in :mod:`features.batch`: R requests, N candidates, H distinct histor
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -85,26 +86,26 @@ def assemble(parts: list[Part], selection: Selection) -> dict[str, Tensor]:
     requests = sum(p.start.size for p in parts)
     candidates = sum(p.item.size for p in parts)
     events = [p.event_time.size for p in parts]
-    shift = np.cumsum([0, *events[:-1]])
-    row_events = np.zeros(requests, np.int64)
-    np.concatenate([p.row_events for p in parts], out=row_events[: sum(p.row_events.size for p in parts)])
+    shifts = itertools.accumulate(events[:-1], initial=0)
+    unused = requests - sum(p.row_events.size for p in parts)
+    rows = np.concatenate([*(p.row_events for p in parts), np.zeros(unused, np.int64)])
     per_request = np.concatenate([p.candidates for p in parts])
-    offsets = np.zeros(requests + 1, np.int64)
-    np.cumsum(per_request, out=offsets[1:])
+    offsets = np.concatenate([[0], per_request.cumsum()])
+    windows = [(p.start + shift, p.end + shift) for p, shift in zip(parts, shifts, strict=True)]
     histories, targets = len(spec.sequence) + len(spec.event), len(spec.sequence)
     return {
         **_pooled("request", [p.request for p in parts]),
         **_pooled("candidate", [p.candidate for p in parts]),
         "sequence.values": _long(_by_feature([p.history for p in parts]) + _by_feature([p.target for p in parts])),
-        "sequence.lengths": _long([row_events] * histories + [per_request] * targets),
+        "sequence.lengths": _long([rows] * histories + [per_request] * targets),
         "request_dense": _floats([p.request_dense for p in parts], requests),
         "candidate_dense": _floats([p.candidate_dense for p in parts], candidates),
         "event_dense": _floats([p.event_dense for p in parts], sum(events)),
         "event_time": _long([p.event_time for p in parts]),
         "now": _long([p.now for p in parts]),
-        "start": _long([p.start + s for p, s in zip(parts, shift, strict=True)]),
-        "end": _long([p.end + s for p, s in zip(parts, shift, strict=True)]),
-        "offsets": torch.from_numpy(offsets),
+        "start": _long([start for start, _ in windows]),
+        "end": _long([end for _, end in windows]),
+        "offsets": _long([offsets]),
         "labels": _floats([p.labels for p in parts], candidates),
         "user": _long([p.user for p in parts]),
         "item": _long([p.item for p in parts]),
@@ -126,14 +127,13 @@ def _pooled(name: str, columns: list[list[tuple[Array, Ints]]]) -> dict[str, Ten
     }
 
 
-def _long(arrays: list[Array]) -> Tensor:
-    """One int64 tensor of all arrays, converted while copying; a lone int64 array, which a part owns, is not copied."""
-    if len(arrays) == 1 and arrays[0].dtype == np.int64 and arrays[0].flags.writeable:
-        return torch.from_numpy(arrays[0])
-    out = np.empty(sum(a.size for a in arrays), np.int64)
-    if arrays:
-        np.concatenate(arrays, out=out, casting="unsafe")
-    return torch.from_numpy(out)
+def _long(arrays: Sequence[Array]) -> Tensor:
+    """One int64 tensor of all arrays, converted while copying; a lone int64 array that a part owns is not copied."""
+    if not arrays:
+        return torch.empty(0, dtype=torch.int64)
+    if len(arrays) == 1:
+        return torch.from_numpy(arrays[0].astype(np.int64, copy=not arrays[0].flags.writeable))
+    return torch.from_numpy(np.concatenate(arrays, dtype=np.int64, casting="unsafe"))
 
 
 def _floats(columns: list[list[Array]], rows: int) -> Tensor:

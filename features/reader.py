@@ -25,25 +25,18 @@ class Drop:
 
 
 def bernoulli(rng: np.random.Generator, rate: float, count: int) -> Ints:
-    """Positions of ``0 … count - 1``, ascending, each there with probability `rate`; one may come more than once.
+    """Positions of ``0 … count - 1``, each there, once or more often, with probability `rate`, independently.
 
-    Points of a Poisson process of intensity λ = -log(1 - rate): an interval of length 1 has one with probability
-    1 - exp(-λ) = rate, whatever the others have. So the work is proportional to rate · count, not to count.
+    Poisson(λ · count) points thrown at random are Poisson(λ) points at each position, independently; with
+    λ = -log(1 - rate), at least one with probability 1 - exp(-λ) = rate. The work is in proportion to rate · count.
     """
-    if rate == 0:
-        return np.zeros(0, np.int64)
-    intensity = -np.log1p(-rate)
-    expected = intensity * count
-    points = [np.cumsum(rng.standard_exponential(int(expected + 6 * np.sqrt(expected)) + 1))]
-    while points[-1][-1] < expected:  # once in 10⁹ calls
-        points.append(points[-1][-1] + np.cumsum(rng.standard_exponential(points[0].size)))
-    positions = np.concatenate(points) / intensity
-    return positions[: np.searchsorted(positions, count)].astype(np.int64)
+    points = rng.poisson(-np.log1p(-rate) * count)
+    return rng.integers(0, max(count, 1), points)
 
 
 def known(ids: Array, size: int, drop: float, rng: np.random.Generator | None) -> Array:
     """`ids`, in place, with 0 for those outside a table of `size` rows and, given `rng`, for a share `drop` of all."""
-    ids[np.flatnonzero(ids >= size)] = 0
+    ids[(ids >= size).nonzero()[0]] = 0
     if rng is not None:
         ids[bernoulli(rng, drop, ids.size)] = 0
     return ids
@@ -67,11 +60,11 @@ class _Windows:
         """
         end = base + length
         start = np.maximum(base, end - longest) if longest else base
-        new = np.ones(row.size, np.bool_)
-        new[1:] = (row[1:] != row[:-1]) | (start[1:] > end[:-1])
-        first = np.flatnonzero(new)
-        low, high = start[first], end[np.append(first[1:], row.size) - 1]
-        shift = (np.cumsum(high - low) - high)[np.cumsum(new) - 1]
+        new = np.ones(row.size + 1, np.bool_)
+        new[1:-1] = (row[1:] != row[:-1]) | (start[1:] > end[:-1])
+        bounds = new.nonzero()[0]  # of each history's requests
+        low, high = start[bounds[:-1]], end[bounds[1:] - 1]
+        shift = ((high - low).cumsum() - high)[new[:-1].cumsum() - 1]
         return cls(low, high, start + shift, end + shift)
 
 

@@ -18,6 +18,7 @@ from features.dataset import (
     PartitionInfo,
     SplitInfo,
     partition_dir,
+    read_arrow,
     write_arrow,
 )
 from features.schema import SPLITS, Split
@@ -141,6 +142,15 @@ def write_manifest(root: Path, partitions: list[PartitionInfo], requests: dict[S
         versions={},
     )
     (root / MANIFEST).write_text(manifest.model_dump_json())
+
+
+def rewrite(path: Path, columns: dict[str, pa.Array]) -> None:
+    """Replace columns of an Arrow file. The new file takes the old one's name only when whole: the old is mapped."""
+    table = pa.Table.from_batches([read_arrow(path)])
+    for name, column in columns.items():
+        table = table.set_column(table.schema.get_field_index(name), name, column)
+    write_arrow(table, path.with_suffix(".new"))
+    path.with_suffix(".new").rename(path)
 
 
 def everything(dataset: Dataset, history_length: int = 0) -> Selection:
