@@ -160,19 +160,20 @@ class TestColumns:
             made.elements("time", like="item")
 
 
-def test_windows_and_ranges_equal_slices() -> None:
+@pytest.mark.parametrize("longest", [3, 20, 1000])
+@pytest.mark.parametrize("dtype", [np.int8, np.int32, np.int64, np.float32, np.float64])
+def test_windows_and_ranges_equal_slices(longest: int, dtype: type[np.generic]) -> None:
     rng = np.random.default_rng(0)
-    for dtype in (np.int8, np.int32, np.int64, np.float32, np.float64):
-        for count in (0, 1, 2, 50):
-            values = rng.integers(0, 100, 300).astype(dtype)
-            values.flags.writeable = False
-            start = rng.integers(0, 300, count)
-            end = np.minimum(start + rng.integers(0, 20, count), 300)
-            expected = [x for a, b in zip(start, end, strict=True) for x in values[a:b].tolist()]
-            copied = copy_windows(values, start, end)
-            assert copied.dtype == dtype
-            assert copied.tolist() == expected
-            assert values[ranges(start, end - start)].tolist() == expected
+    values = rng.integers(0, 100, 3000).astype(dtype)
+    values.flags.writeable = False
+    for count in (0, 1, 2, 50):
+        start = rng.integers(0, 3000, count)
+        end = np.minimum(start + rng.integers(0, longest, count), 3000)
+        expected = [x for a, b in zip(start, end, strict=True) for x in values[a:b].tolist()]
+        copied = copy_windows(values, start, end)
+        assert copied.dtype == dtype
+        assert copied.tolist() == expected
+        assert values[ranges(start, end - start)].tolist() == expected
 
 
 @pytest.mark.parametrize("large", [False, True])
