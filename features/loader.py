@@ -8,7 +8,8 @@ global batches stay the same whatever the number of ranks. :mod:`features.schedu
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from typing import Any, cast
 
 import numpy as np
 from pydantic import Field
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from features.batch import RequestBatch, from_tensors
-from features.collate import Part, assemble, nothing
+from features.collate import Packed, Part, assemble, nothing, pack, unpack
 from features.dataset import Dataset, PartitionInfo
 from features.errors import UserError
 from features.reader import Drop, Reader
@@ -200,12 +201,14 @@ class Loader:
         for tensors in self._by_workers(source, steps) if self._config.workers else map(source.__getitem__, steps):
             yield from_tensors(self._selection.spec, tensors)
 
-    def _by_workers(self, source: RequestBatches, steps: range) -> Iterable[dict[str, Tensor]]:
-        return DataLoader(
+    def _by_workers(self, source: RequestBatches, steps: range) -> Iterator[dict[str, Tensor]]:
+        packed: DataLoader[Packed] = DataLoader(
             source,
             batch_size=None,
             sampler=steps,
+            collate_fn=cast(Any, pack),  # without a batch size it is given one sample, not a list as its type says
             num_workers=self._config.workers,
             prefetch_factor=self._config.prefetch,
             generator=Generator(),  # by default it would draw from the global one, whose state belongs to the model
         )
+        return map(unpack, packed)

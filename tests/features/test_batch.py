@@ -10,6 +10,7 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from features.batch import RequestBatch, from_tensors, names, sequence_keys
+from features.collate import pack, unpack
 from features.loader import Loader, LoaderConfig, Selection
 from tests.features.datasets import everything, write_dataset
 
@@ -58,6 +59,19 @@ def test_types(read: tuple[Selection, dict[str, Tensor]]) -> None:
         assert tensor.dtype == (torch.float32 if name in floats else torch.int64), name
         assert tensor.is_contiguous()
     assert set(from_tensors(selection.spec, tensors)._fields) - {"request", "candidate", "sequence"} <= set(tensors)
+
+
+def test_packed_and_unpacked_it_is_the_same(read: tuple[Selection, dict[str, Tensor]]) -> None:
+    _, tensors = read
+    tensors = tensors | {"odd": torch.rand(3), "none": torch.empty(0, 2), "last": torch.arange(6).view(3, 2)}
+    packed = pack(tensors)
+    assert packed.memory.numel() == sum(x.numel() * x.element_size() for x in tensors.values())
+    again = unpack(packed)
+    assert again.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert again[name].dtype == tensor.dtype
+        assert again[name].shape == tensor.shape
+        assert torch.equal(again[name], tensor)
 
 
 def test_to_another_device_moves_every_tensor(read: tuple[Selection, dict[str, Tensor]]) -> None:
