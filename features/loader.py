@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from features.batch import RequestBatch, from_tensors
-from features.collate import Packed, Part, assemble, nothing, pack, unpack
+from features.collate import Part, assemble, nothing, pack, unpack
 from features.dataset import Dataset, PartitionInfo
 from features.errors import UserError
 from features.reader import Drop, Reader
@@ -201,8 +201,8 @@ class Loader:
         for tensors in self._by_workers(source, steps) if self._config.workers else map(source.__getitem__, steps):
             yield from_tensors(self._selection.spec, tensors)
 
-    def _by_workers(self, source: RequestBatches, steps: range) -> Iterator[dict[str, Tensor]]:
-        packed: DataLoader[Packed] = DataLoader(
+    def _by_workers(self, source: TorchDataset[Any], steps: range) -> Iterator[dict[str, Tensor]]:
+        packed = DataLoader(
             source,
             batch_size=None,
             sampler=steps,
