@@ -126,13 +126,12 @@ def read_arrow(path: Path) -> pa.RecordBatch:
     """
     try:
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
     except (OSError, pa.ArrowInvalid) as error:
         raise DatasetError(f"{path}: unreadable ({error}); run `ranker prepare` again") from error
-    if reader.num_record_batches != 1:
-        raise DatasetError(
-            f"{path}: {reader.num_record_batches} record batches, expected 1; run `ranker prepare` again"
-        )
-    return reader.get_batch(0)
+    if len(batches) != 1:
+        raise DatasetError(f"{path}: {len(batches)} record batches, expected 1; run `ranker prepare` again")
+    return batches[0]
 
 
 def hash_files(root: Path, schema: object) -> str:
@@ -161,13 +160,17 @@ class Dataset:
                 f"{self.root}: no {MANIFEST}; not a dataset folder, or its preparation did not finish: "
                 "run `ranker prepare`"
             )
-        raw = json.loads(path.read_text())
-        if raw.get("format_version") != FORMAT_VERSION:
+        try:
+            raw = json.loads(path.read_text())
+            version = raw.get("format_version")
+            if version == FORMAT_VERSION:
+                self.manifest = Manifest.model_validate(raw)
+        except (ValueError, AttributeError) as error:
+            raise DatasetError(f"{path}: not a manifest ({error}); run `ranker prepare` again") from error
+        if version != FORMAT_VERSION:
             raise DatasetError(
-                f"{path}: format_version {raw.get('format_version')}, this version reads {FORMAT_VERSION}: "
-                "run `ranker prepare` again"
+                f"{path}: format_version {version}, this version reads {FORMAT_VERSION}: run `ranker prepare` again"
             )
-        self.manifest = Manifest.model_validate(raw)
 
     def items(self) -> pa.RecordBatch:
         """The item table: row = dense item index; columns ``id`` and ``item.NAME``."""

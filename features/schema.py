@@ -64,7 +64,7 @@ class ColumnsConfig(Strict):
     request: dict[str, ColumnConfig] = Field(default_factory=dict, description="context of a request")
     candidate: dict[str, ColumnConfig] = Field(
         default_factory=dict,
-        description="columns of one impression; `time` and `first_seen` (when the item first occurs in any log) may be used",
+        description="columns of one impression; may use `time` and `first_seen` (when the item first occurs in a log)",
     )
 
     @model_validator(mode="after")

@@ -199,3 +199,10 @@ def test_the_loader_reads_labels_of_any_number_type_and_large_lists(tmp_path: Pa
         assert found[now]["labels"] == record["labels"]
         assert found[now]["oracles"] == record["oracles"]
         assert found[now]["target"] == record["target"]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"format_version": 1}'])
+def test_a_broken_manifest_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / MANIFEST).write_text(content)
+    with pytest.raises(DatasetError, match=r"(?s)manifest\.json: .*run `ranker prepare` again"):
+        Dataset(tmp_path)
