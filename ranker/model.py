@@ -85,10 +85,11 @@ class Dense(nn.Module):
         x = embedded.event
         if self.event_projection is not None:
             x = x + self.event_projection(self.of_event(plain.event_dense))
-        history = History(x, plain.event_time, plain.start, plain.end, plain.now)
-        target = Target(embedded.target, plain.offsets)
         none = torch.zeros([0], dtype=torch.int64, device=x.device)
-        probes = Probes(none, none)
+        no_code = torch.zeros([x.size(0), 0], dtype=torch.int64, device=x.device)
+        history = History(x, plain.event_time, plain.start, plain.end, plain.now, no_code, x[:, :0])
+        target = Target(embedded.target, plain.offsets, none)
+        probes = Probes(x[:0], none, none)
         request = segments_of(plain.offsets)
         per_request = torch.cat([embedded.request, self.of_request(plain.request_dense)], 1)
         parts = [per_request[request], embedded.candidate, self.of_candidate(plain.candidate_dense)]

@@ -31,6 +31,10 @@ class MeanPooling(nn.Module):
         """`[N, d]`: the request's mean."""
         return memory.mean[segments_of(target.offsets)]
 
+    def auxiliary(self, history: History, memory: MeanMemory) -> Tensor:
+        """None of its own."""
+        return history.x.new_zeros([])
+
     def forward(self, history: History, probes: Probes, target: Target) -> Tensor:
         """`encode` and `read` in one: `[N, out_dim]`."""
         return self.read(self.encode(history, probes), target)

@@ -1,10 +1,11 @@
 """The one protocol of every long-sequence method: `encode` a history once per request, `read` once per candidate.
 
 What `encode` may know is the history and the probes; what it returns, the memory, is what a store keeps, so that
-offline and
-online are one code path. A method is a compressor if the cost of `read` does not grow with the history's length.
+offline and online are one code path. A method is a compressor if the cost of `read` does not grow with the history's
+length.
 
-Symbols: R requests, N candidates of all requests, T events of all distinct histories, d width.
+Symbols: R requests, N candidates of all requests, T events of all distinct histories, Q probes, M levels of semantic
+IDs, d width.
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -22,6 +23,8 @@ class History(NamedTuple):
     time: `[T]` int64, milliseconds.
     start, end: `[R]` int64; request r has the events ``[start[r], end[r])``, all strictly before it.
     now: `[R]` int64, the requests' times in milliseconds.
+    code: `[T, M]` int64, the semantic IDs of the events' items, 0 for none; M = 0 where the model reads none.
+    content: `[T, dz]` frozen content vectors of the events' items; dz = 0 where the model reads none.
     """
 
     x: Tensor
@@ -29,24 +32,28 @@ class History(NamedTuple):
     start: Tensor
     end: Tensor
     now: Tensor
+    code: Tensor
+    content: Tensor
 
 
 class Probes(NamedTuple):
-    """The distinct target groups a request asks about; empty for methods that need none.
+    """The distinct target groups that requests ask about, each (request, group) once; empty for methods that need none.
 
-    code: `[Q]` int64 group; request: `[Q]` int64, ascending.
+    x: `[Q, dp]` embedding of the group; code: `[Q]` int64 the group itself; request: `[Q]` int64, ascending.
     """
 
+    x: Tensor
     code: Tensor
     request: Tensor
 
 
 class Target(NamedTuple):
     """Candidates. x: `[N, d]`; offsets: `[R + 1]` int64, the candidates of request r are ``offsets[r] : offsets[r +
-    1]``."""
+    1]``; probe: `[N]` int64, the probe (of Q) of each candidate's group, or empty where there are no probes."""
 
     x: Tensor
     offsets: Tensor
+    probe: Tensor
 
 
 class LongSequence(Protocol):
@@ -63,14 +70,17 @@ class LongSequence(Protocol):
         """What each candidate finds in its request's memory: `[N, out_dim]`."""
         ...
 
+    def auxiliary(self, history: History, memory: Any) -> Tensor:
+        """The block's own loss, a scalar already weighted; zero for most. Added to the loss in training."""
+        ...
+
 
 def latest(history: History, length: int) -> History:
     """The same histories cut to each request's latest `length` events; 0 leaves them whole. No copy."""
     if length == 0:
         return history
-    return History(
-        history.x, history.time, torch.maximum(history.start, history.end - length), history.end, history.now
-    )
+    start = torch.maximum(history.start, history.end - length)
+    return History(history.x, history.time, start, history.end, history.now, history.code, history.content)
 
 
 def compact(history: History) -> History:
@@ -81,5 +91,11 @@ def compact(history: History) -> History:
     event, _ = expand_windows(history.start, history.end)
     offsets = offsets_of(history.end - history.start)
     return History(
-        history.x.index_select(0, event), history.time.index_select(0, event), offsets[:-1], offsets[1:], history.now
+        history.x.index_select(0, event),
+        history.time.index_select(0, event),
+        offsets[:-1],
+        offsets[1:],
+        history.now,
+        history.code.index_select(0, event),
+        history.content.index_select(0, event),
     )

@@ -65,6 +65,10 @@ class TargetAttention(nn.Module):
         out = window_attention(q, target.offsets, memory.k, memory.v, memory.start, memory.end, bias)
         return out.flatten(1)
 
+    def auxiliary(self, history: History, memory: AttentionMemory) -> Tensor:
+        """None of its own."""
+        return history.x.new_zeros([])
+
     def forward(self, history: History, probes: Probes, target: Target) -> Tensor:
         """`encode` and `read` in one: `[N, out_dim]`."""
         return self.read(self.encode(history, probes), target)

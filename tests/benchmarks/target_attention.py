@@ -28,7 +28,8 @@ from ranker.ops.jagged import offsets_of
 from tests.benchmarks.machine import machine
 
 REQUESTS, CANDIDATES, DIM = 32, 16, 32
-NO_PROBES = Probes(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
+NONE = torch.zeros(0, dtype=torch.int64)
+NO_PROBES = Probes(torch.zeros(0, 0), NONE, NONE)
 Way = Callable[[TargetAttention, History, Target], Tensor]
 
 
@@ -53,8 +54,9 @@ def batch_of(lengths: Tensor) -> tuple[History, Target]:
     candidates = torch.randn(REQUESTS * CANDIDATES, DIM, generator=generator).requires_grad_()
     event_time = torch.randint(0, 10**9, [events], generator=generator)
     now = torch.full([REQUESTS], 10**9)
-    history = History(x, event_time, offsets[:-1], offsets[1:], now)
-    return history, Target(candidates, torch.arange(REQUESTS + 1) * CANDIDATES)
+    no_code = torch.zeros(x.size(0), 0, dtype=torch.int64)
+    history = History(x, event_time, offsets[:-1], offsets[1:], now, no_code, x[:, :0])
+    return history, Target(candidates, torch.arange(REQUESTS + 1) * CANDIDATES, NONE)
 
 
 def jagged(block: TargetAttention, history: History, target: Target) -> Tensor:

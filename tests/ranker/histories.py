@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ranker.longseq import History, Probes, Target
 
-NO_PROBES = Probes(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
+NONE = torch.zeros(0, dtype=torch.int64)
+NO_PROBES = Probes(torch.zeros(0, 0), NONE, NONE)
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,9 @@ def inputs_of(batch: Shape, dim: int) -> tuple[History, Target]:
     last = torch.cat([torch.zeros(1, dtype=torch.int64), time])[end]
     x = torch.randn(batch.events, dim, generator=generator, dtype=torch.float64)
     candidates = torch.randn(batch.candidates, dim, generator=generator, dtype=torch.float64)
-    return History(x, time, start, end, last + before_now), Target(candidates, offsets)
+    no_code = torch.zeros(batch.events, 0, dtype=torch.int64)
+    history = History(x, time, start, end, last + before_now, no_code, x[:, :0])
+    return history, Target(candidates, offsets, NONE)
 
 
 def randomise(module: nn.Module) -> nn.Module:
@@ -152,4 +155,6 @@ def own_rows(history: History) -> History:
         end - lengths,
         end,
         history.now,
+        torch.cat([history.code[:0], *(history.code[a:b] for a, b in windows)]),
+        torch.cat([history.content[:0], *(history.content[a:b] for a, b in windows)]),
     )
