@@ -94,6 +94,8 @@ class UxSID(nn.Module):
             raise ValueError(f"anchors: {anchors}; must be at least 1 and at most width ({width}): raise width")
         if width % heads:
             raise ValueError(f"heads: {heads}; must divide width ({width})")
+        if ortho not in ("frobenius", "row"):
+            raise ValueError(f"ortho: {ortho!r}; must be 'frobenius' or 'row'")
         self.out_dim = width
         self.width, self.heads, self.length, self.age_buckets = width, heads, length, age_buckets
         self.ortho_weight, self.by_row = ortho_weight, ortho == "row"
