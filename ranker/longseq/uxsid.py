@@ -119,8 +119,8 @@ class UxSID(nn.Module):
     def encode(self, history: History, probes: Probes) -> UxSIDMemory:
         """One pass over the history for all anchors and probes of a request."""
         history = latest(history, self.length)
-        c = self.group(probes.x)
-        q, offsets, of_anchor, of_probe = self._questions(c, history, probes)
+        c, of_request = self.group(probes.x), offsets_in(probes.request, history.start.numel())
+        q, offsets, of_anchor, of_probe = self._questions(c, of_request, probes.request)
         e = self.event(history.x).unsqueeze(1)
         bias = self._bias(history)
         pooled = window_attention(q.unsqueeze(1), offsets, e, e, history.start, history.end, bias).squeeze(1)
@@ -134,14 +134,14 @@ class UxSID(nn.Module):
             if self.gate is not None:
                 q_ref = c * self.gate(e_global)  # (7), (8)
         if self.compress is not None and self.local_head is not None:
-            p = self.compress(pooled.index_select(0, of_anchor).view(-1, self.anchors, self.width))
-            p_of = p.index_select(0, probes.request)  # [Q, K, d]
-            logits = torch.einsum("qd,qkd->qk", self.local_head(q_ref), p_of) / math.sqrt(self.width)
-            e_local = self.local_head.value(torch.einsum("qk,qkd->qd", torch.softmax(logits, 1), p_of))  # (9)
-            seen = (history.end > history.start).index_select(0, probes.request)
-            rows.append(e_local * seen.unsqueeze(1))
-            if self.training and self.ortho_weight > 0:
-                interests = p
+            interests = self.compress(pooled.index_select(0, of_anchor).view(-1, self.anchors, self.width))
+            p = interests.view(-1, 1, self.width)
+            start = self.anchors * torch.arange(history.start.numel(), device=c.device)
+            end = torch.where(history.end > history.start, start + self.anchors, start)  # no events: no interests
+            q = self.local_head(q_ref).unsqueeze(1)
+            rows.append(self.local_head.value(window_attention(q, of_request, p, p, start, end).squeeze(1)))  # (9)
+        if not (self.training and self.ortho_weight > 0):
+            interests = interests[:0]
         return UxSIDMemory(torch.stack(rows, 1), interests)
 
     def read(self, memory: UxSIDMemory, target: Target) -> Tensor:
@@ -149,8 +149,9 @@ class UxSID(nn.Module):
         q = self.read_query(target.x).unflatten(1, [self.heads, -1])
         k = self.read_key(memory.rows).index_select(0, target.probe).unflatten(2, [self.heads, -1])
         v = self.read_value(memory.rows).index_select(0, target.probe).unflatten(2, [self.heads, -1])
-        logits = torch.einsum("nhd,nrhd->nhr", q, k) / math.sqrt(q.size(2))
-        return torch.einsum("nhr,nrhd->nhd", torch.softmax(logits, 2), v).flatten(1)
+        # two rows: products and sums cost less than batched matrix products
+        weight = torch.softmax((q.unsqueeze(1) * k).sum(3) / math.sqrt(q.size(2)), 1)  # [N, 2, h]
+        return (weight.unsqueeze(3) * v).sum(1).flatten(1)
 
     def auxiliary(self, history: History, memory: UxSIDMemory) -> Tensor:
         """λ times the mean of :func:`orthogonality` over requests with events; zero where `encode` kept no P."""
@@ -167,7 +168,8 @@ class UxSID(nn.Module):
     def attention(self, history: History, probes: Probes) -> list[HistoryAttention]:
         """The weights of (3) and (6) of each request over its latest events: for pictures and `interest_recall`."""
         history = latest(history, self.length)
-        q, offsets, _, _ = self._questions(self.group(probes.x), history, probes)
+        of_request = offsets_in(probes.request, history.start.numel())
+        q, offsets, _, _ = self._questions(self.group(probes.x), of_request, probes.request)
         e, bias = self.event(history.x), self._bias(history)
         weights: list[HistoryAttention] = []
         first_pair = 0
@@ -180,21 +182,23 @@ class UxSID(nn.Module):
             first_pair += end - start
         return weights
 
-    def _questions(self, c: Tensor, history: History, probes: Probes) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _questions(self, c: Tensor, of_request: Tensor, request: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What attends to the histories: K anchors of each request, followed by its probes.
+
+        Args:
+            c: `[Q, d]`; of_request: `[R + 1]` offsets of the requests in them; request: `[Q]`.
 
         Returns:
             queries `[R · K + Q, d]` in the events' space; offsets `[R + 1]` of the requests in them; the rows of the
-            anchors `[R · K]` and of the probes `[Q]`, or `[0]` where they ask nothing.
+            anchors `[R · K]` and of the probes `[Q]`. Without e_local K is 0, without e_global Q.
         """
-        requests = history.start.numel()
-        asked = c[:0]
-        of_probe = probes.request[:0]
+        requests = of_request.numel() - 1
+        asked, of_probe = c[:0], request[:0]
         offsets = self.anchors * torch.arange(requests + 1, device=c.device)
         if self.global_head is not None:
             asked = self.global_head(c)
-            of_probe = torch.arange(c.size(0), device=c.device) + self.anchors * (probes.request + 1)
-            offsets = offsets + torch.searchsorted(probes.request, torch.arange(requests + 1, device=c.device))
+            of_probe = torch.arange(c.size(0), device=c.device) + self.anchors * (request + 1)
+            offsets = offsets + of_request
         of_anchor = (offsets[:-1].unsqueeze(1) + torch.arange(self.anchors, device=c.device)).flatten()
         if self.compress is not None:
             asked = torch.cat([self.compress.head(self.compress.anchors).repeat(requests, 1), asked])
@@ -209,6 +213,11 @@ class UxSID(nn.Module):
         event, request = expand_windows(history.start, history.end)
         age_s = (history.now[request] - history.time[event]) // 1000
         return age_bias[log_bucket(age_s, self.age_buckets)]
+
+
+def offsets_in(request: Tensor, requests: int) -> Tensor:
+    """Offsets `[R + 1]` of the requests in their probes, given each probe's request `[Q]`, ascending."""
+    return torch.searchsorted(request, torch.arange(requests + 1, device=request.device))
 
 
 class Compress(nn.Module):
