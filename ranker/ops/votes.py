@@ -90,7 +90,7 @@ def row_keys(request: Tensor, code: Tensor) -> Tensor:
     for level in range(code.size(1)):
         digit = code[:, level]
         base = int(digit.max()) + 1
-        if span > 2**62 // base:  # would come near the end of int64
+        if span > (1 << 62) // base:  # would come near the end of int64
             ordered, order = torch.sort(key)
             key = torch.empty_like(key).scatter_(0, order, _runs(ordered))
             span = int(key.max()) + 1

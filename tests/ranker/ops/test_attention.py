@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from ranker.ops.attention import naive_window_attention, window_attention
+from ranker.ops.attention import frozen_attention, naive_window_attention, window_attention, window_logsumexp
 from tests.ranker.histories import EDGES, Shape, assert_same, outside, shape, shapes
 
 
@@ -139,3 +139,93 @@ def test_scripted_is_the_same_on_other_sizes():
             expected = window_attention(q, offsets, k, v, start, end, b)
             for _ in range(2):
                 torch.testing.assert_close(scripted(q, offsets, k, v, start, end, b), expected)
+
+
+def frozen_operands(batch: Shape, d: int = 4, dv: int = 3) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """q, its offsets, k, bias of keys, v, and the naive form's bias of pairs; only v takes a gradient."""
+    q, k, v, _ = operands(batch, 1, d, dv, False)
+    start, end, offsets = batch.windows()
+    bias = torch.randn(batch.events, generator=batch.generator(), dtype=torch.float64)
+    pairs = torch.cat([bias[:0], *(bias[a:b] for a, b in zip(start.tolist(), end.tolist(), strict=True))])
+    return q.detach().squeeze(1), offsets, k.detach().squeeze(1), bias, v, pairs.unsqueeze(1)
+
+
+def check_frozen(batch: Shape) -> None:
+    """Outputs and gradients of the values equal the definition's; so do normaliser and greatest key."""
+    q, offsets, k, bias, v, pairs = frozen_operands(batch)
+    start, end, _ = batch.windows()
+    found = frozen_attention(q, offsets, k, bias, v.squeeze(1), start, end)
+    scaled = (q * math.sqrt(q.size(1))).unsqueeze(1)
+    assert_same(found, naive_window_attention(scaled, offsets, k.unsqueeze(1), v, start, end, pairs).squeeze(1), [v])
+    logsumexp, best = window_logsumexp(q, offsets, k, bias, start, end)
+    for r in range(batch.requests):
+        a, b = batch.start[r], batch.end[r]
+        for n in range(batch.offsets[r], batch.offsets[r + 1]):
+            logits = q[n] @ k[a:b].t() + bias[a:b]
+            torch.testing.assert_close(logsumexp[n], torch.logsumexp(logits, 0))
+            assert int(best[n]) == (a + int(logits.argmax()) if a < b else -1)
+
+
+@given(shapes())
+@settings(deadline=None, max_examples=50)
+def test_frozen_attention_equals_the_definition(batch: Shape):
+    """On any batch."""
+    check_frozen(batch)
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_frozen_attention_equals_the_definition_at_the_edges(name: str):
+    """On the batches that break things."""
+    check_frozen(EDGES[name])
+
+
+def test_frozen_attention_over_several_blocks_tiles_and_chunks():
+    """More queries than a tile, more keys than a chunk, more units than a block."""
+    check_frozen(shape([1500, 900], [(0, 0, 1500), (1, 0, 900), (0, 100, 1400)], [300, 520, 3]))
+
+
+def test_of_equal_keys_the_first_is_greatest():
+    """Wherever their chunks begin."""
+    q, k = torch.ones(1, 2), torch.ones(700, 2)
+    k[:300] = 0.0
+    _, best = window_logsumexp(q, torch.tensor([0, 1]), k, torch.zeros(700), torch.tensor([5]), torch.tensor([700]))
+    assert best.tolist() == [300]
+
+
+def test_frozen_attention_keeps_nothing_of_size_queries_by_events():
+    """What autograd holds between forward and backward follows queries + events."""
+    batch = shape([2000], [(0, 0, 2000)], [200])
+    q, offsets, k, bias, v, _ = frozen_operands(batch)
+    start, end, _ = batch.windows()
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        frozen_attention(q, offsets, k, bias, v.squeeze(1), start, end)
+    assert sum(kept) < 10 * (2000 + 200)
+
+
+def test_frozen_attention_with_far_logits():
+    """In float32, logits far below zero in some chunks and above in others: finite, as in float64."""
+    batch = shape([600], [(0, 0, 600)], [4])
+    q, offsets, k, bias, v, _ = frozen_operands(batch)
+    start, end, _ = batch.windows()
+    bias = bias + torch.linspace(-1e4, 1e3, 600)
+    single = frozen_attention(q.float(), offsets, k.float(), bias.float(), v.squeeze(1).float(), start, end)
+    double = frozen_attention(q, offsets, k, bias, v.squeeze(1), start, end)
+    torch.testing.assert_close(single.double(), double, rtol=1e-3, atol=1e-3)
+
+
+def test_scripted_frozen_attention_is_the_same():
+    """Output, gradient, normaliser and greatest key."""
+    scripted, scripted_logsumexp = torch.jit.script(frozen_attention), torch.jit.script(window_logsumexp)
+    for batch in EDGES.values():
+        q, offsets, k, bias, v, _ = frozen_operands(batch)
+        start, end, _ = batch.windows()
+        for _ in range(2):
+            expected = frozen_attention(q, offsets, k, bias, v.squeeze(1), start, end)
+            assert_same(scripted(q, offsets, k, bias, v.squeeze(1), start, end), expected, [v])
+        for ours, theirs in zip(
+            scripted_logsumexp(q, offsets, k, bias, start, end),
+            window_logsumexp(q, offsets, k, bias, start, end),
+            strict=True,
+        ):
+            torch.testing.assert_close(ours, theirs)
