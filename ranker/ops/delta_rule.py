@@ -63,7 +63,7 @@ def delta_rule(
     write: Tensor,
     log_decay: Tensor | None,
     offsets: Tensor,
-    chunk: int = 64,
+    chunk: int = 32,
     state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run R sequences through the delta rule.
@@ -76,14 +76,26 @@ def delta_rule(
         chunk: tokens worked on at once; the result does not depend on it.
         state: `[R, h, dk, dv]` to begin with (zero if None): the one returned for earlier tokens continues them.
 
+    Half-precision inputs are worked on, and their states kept, in float32.
+
     Returns:
         o `[T, h, dv]`, and the last states `[R, h, dk, dv]`.
     """
+    if not torch.jit.is_scripting() and delta_rule_kernel(q.device) == "flash-linear-attention" and q.size(0) > 0:
+        return _fla(q, k, v, erase, write, log_decay, offsets, state)
+    dtype = v.dtype
+    if dtype == torch.bfloat16 or dtype == torch.float16:
+        q, k, v, erase, write = q.float(), k.float(), v.float(), erase.float(), write.float()
+        log_decay = log_decay.float() if log_decay is not None else None
+        state = state.float() if state is not None else None
     if torch.jit.is_scripting():
-        return chunked_delta_rule(q, k, v, erase, write, log_decay, offsets, chunk, state)
-    return _fastest(q, k, v, erase, write, log_decay, offsets, chunk, state)
+        o, last = chunked_delta_rule(q, k, v, erase, write, log_decay, offsets, chunk, state)
+    else:
+        o, last = _recomputing(q, k, v, erase, write, log_decay, offsets, chunk, state)
+    return o.to(dtype), last
 
 
+@torch.jit.unused
 def delta_rule_kernel(device: torch.device) -> str:
     """Which implementation :func:`delta_rule` runs on a device: for the log of a run."""
     if device.type == "cuda" and importlib.util.find_spec("fla") is not None:
@@ -92,7 +104,7 @@ def delta_rule_kernel(device: torch.device) -> str:
 
 
 @torch.jit.unused
-def _fastest(
+def _recomputing(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -103,13 +115,12 @@ def _fastest(
     chunk: int,
     state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """By device."""
-    if delta_rule_kernel(q.device) == "flash-linear-attention" and q.size(0) > 0:
-        return _fla(q, k, v, erase, write, log_decay, offsets, state)
+    """Autograd functions cannot be scripted."""
     o, last = DeltaRule.apply(q, k, v, erase, write, log_decay, offsets, chunk, state)  # pyright: ignore
     return o, last
 
 
+@torch.jit.unused
 def _fla(
     q: Tensor,
     k: Tensor,

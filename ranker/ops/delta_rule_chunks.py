@@ -96,7 +96,7 @@ def decays_of(log_decay: Tensor) -> Within:
     above = torch.ones([gap.size(1), gap.size(1)], dtype=torch.bool, device=gap.device).triu(1)
     total = running[:, -1:]
     return Within(
-        gap.masked_fill(above, float("-inf")).exp(),
+        gap.masked_fill_(above, float("-inf")).exp_(),
         running.exp().unsqueeze(2),
         (total - running).exp().unsqueeze(2),
         total.exp().unsqueeze(2),
@@ -150,11 +150,11 @@ def chunked_delta_rule(
     write: Tensor,
     log_decay: Tensor | None,
     offsets: Tensor,
-    chunk: int = 64,
+    chunk: int = 32,
     state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`ranker.ops.delta_rule.delta_rule`. Scriptable; autograd keeps everything that the forward computes."""
-    o, last, _ = chunked_forward(q, k, v, erase, write, log_decay, chunks_of(offsets, chunk), state)
+    o, last, _, _, _ = chunked_forward(q, k, v, erase, write, log_decay, chunks_of(offsets, chunk), state)
     return o, last
 
 
@@ -167,14 +167,15 @@ def chunked_forward(
     log_decay: Tensor | None,
     chunks: Chunks,
     state: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Outputs `[T, h, dv]`, last states `[R, h, dk, dv]`, and the states that chunks begin with `[M · h, dk, dv]`."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Outputs `[T, h, dv]`, last states `[R, h, dk, dv]`, and for a backward pass, of every chunk: the state that it
+    begins with `[M · h, dk, dv]`, its transition `[M · h, dk, dk]` and reader `[M · h, C, dk]`."""
     heads, dk, dv, size = k.size(1), k.size(2), v.size(2), chunks.token.size(1)
     count, requests = chunks.token.size(0), chunks.order.numel()
     if state is None:
         state = torch.zeros([requests, heads, dk, dv], dtype=k.dtype, device=k.device)
     if count == 0:
-        return v, state, state.flatten(0, 1)[:0]
+        return v, state, v, v, v
     q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
     reader: list[Tensor] = []
     own: list[Tensor] = []
@@ -200,13 +201,14 @@ def chunked_forward(
         own.append(of_block[1])
         transition.append(of_block[2])
         addition.append(of_block[3])
-    before, last = _scan(torch.cat(transition), torch.cat(addition), state[chunks.order].flatten(0, 1), chunks, heads)
+    transitions = torch.cat(transition)
+    before, last = _scan(transitions, torch.cat(addition), state[chunks.order].flatten(0, 1), chunks, heads)
     out: list[Tensor] = []
     for i in range(len(own)):
         begin = before[i * step * heads : (i + 1) * step * heads]
         out.append(torch.baddbmm(own[i], reader[i], begin))
     o = torch.cat(out).view(-1, dv).index_select(0, rows_back(chunks, heads)).view(-1, heads, dv)
-    return o, last.view(requests, heads, dk, dv)[chunks.rank], before
+    return o, last.view(requests, heads, dk, dv)[chunks.rank], before, transitions, torch.cat(reader)
 
 
 def _scan(transition: Tensor, addition: Tensor, state: Tensor, chunks: Chunks, heads: int) -> tuple[Tensor, Tensor]:
