@@ -150,10 +150,10 @@ def growth(repeats: int) -> None:
         (took,) = medians_ms({"": partial(encode_step, history, probes)}, repeats).values()
         parts[length] = [*took, peak_mib(length)]
         rows = block_of("UxSID").eval().encode(history, probes).rows
-        state = rows.numel() * rows.element_size()
+        state = rows.numel() * rows.element_size() // probes.code.numel()
         print(
             f"encode, 1 request × 16 probes, L {length:>7,}: forward {took[0]:.1f} ms, backward {took[1]:.1f} ms, "
-            f"{1e6 * sum(took) / length:.0f} ns per event, peak {parts[length][2]:.0f} MiB; memory {state // probes.code.numel()} bytes a probe",
+            f"{1e6 * sum(took) / length:.0f} ns per event, peak {parts[length][2]:.0f} MiB; memory {state} bytes a probe",
             flush=True,
         )
     ratios = [long / short for short, long in zip(*parts.values(), strict=True)]

@@ -40,7 +40,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 any_shape = st.one_of(shapes(), st.sampled_from(list(EDGES.values())))
 caps = st.sampled_from([0, 1, 7, 25])
 variants = st.sampled_from(list(VARIANTS))
-few = settings(deadline=None, max_examples=25)
+few = settings(deadline=None, max_examples=15)
 
 
 def block_of(length: int = 0, variant: str = "whole") -> UxSID:
