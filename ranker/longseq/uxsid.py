@@ -125,7 +125,7 @@ class UxSID(nn.Module):
         bias = self._bias(history)
         pooled = window_attention(q.unsqueeze(1), offsets, e, e, history.start, history.end, bias).squeeze(1)
 
-        interests = torch.zeros([0, self.anchors, self.width], dtype=c.dtype, device=c.device)
+        kept = torch.zeros([0, self.anchors, self.width], dtype=c.dtype, device=c.device)
         rows: list[Tensor] = []
         q_ref = c
         if self.global_head is not None:
@@ -140,9 +140,9 @@ class UxSID(nn.Module):
             end = torch.where(history.end > history.start, start + self.anchors, start)  # no events: no interests
             q = self.local_head(q_ref).unsqueeze(1)
             rows.append(self.local_head.value(window_attention(q, of_request, p, p, start, end).squeeze(1)))  # (9)
-        if not (self.training and self.ortho_weight > 0):
-            interests = interests[:0]
-        return UxSIDMemory(torch.stack(rows, 1), interests)
+            if self.training and self.ortho_weight > 0:
+                kept = interests
+        return UxSIDMemory(torch.stack(rows, 1), kept)
 
     def read(self, memory: UxSIDMemory, target: Target) -> Tensor:
         """Each candidate attends to the rows of its probe, projected once per probe: `[N, d]`."""

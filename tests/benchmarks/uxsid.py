@@ -152,8 +152,8 @@ def growth(repeats: int) -> None:
         rows = block_of("UxSID").eval().encode(history, probes).rows
         state = rows.numel() * rows.element_size() // probes.code.numel()
         print(
-            f"encode, 1 request × 16 probes, L {length:>7,}: forward {took[0]:.1f} ms, backward {took[1]:.1f} ms, "
-            f"{1e6 * sum(took) / length:.0f} ns per event, peak {parts[length][2]:.0f} MiB; memory {state} bytes a probe",
+            f"encode, 1 × 16 probes, L {length:>7,}: forward {took[0]:.1f} ms, backward {took[1]:.1f} ms, "
+            f"{1e6 * sum(took) / length:.0f} ns an event, peak {parts[length][2]:.0f} MiB; memory {state} bytes a probe",
             flush=True,
         )
     ratios = [long / short for short, long in zip(*parts.values(), strict=True)]

@@ -252,8 +252,8 @@ def test_the_memory_does_not_grow_with_the_history(variant: str):
     for length in (1, 10, 1000):
         history, probes, _ = asked_of(shape([length], [(0, 0, length)], [9]))
         memory = block.eval().encode(history, probes)
-        values = sum(x.numel() for x in memory)
-        assert values == probes.code.numel() * (1 if ablated else 2) * 4
+        stored_bytes = sum(x.untyped_storage().nbytes() for x in memory)
+        assert stored_bytes == probes.code.numel() * (1 if ablated else 2) * 4 * 8
         assert not block.auxiliary(history, memory).any()
         trained = block.train().encode(history, probes)
         torch.testing.assert_close(trained.rows, memory.rows, rtol=0, atol=0)
