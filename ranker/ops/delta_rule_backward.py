@@ -18,17 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ranker.ops.delta_rule_chunks import (
-    Chunks,
-    Within,
-    block_size,
-    chunked_forward,
-    chunks_of,
-    decays_of,
-    rows_back,
-    rows_of,
-    solve,
-)
+from ranker.ops.chunks import Chunks, chunks_of, rows_back, rows_of
+from ranker.ops.delta_rule_chunks import Within, block_size, chunked_forward, decays_of, solve
 
 
 class DeltaRule(torch.autograd.Function):

@@ -1,0 +1,217 @@
+"""HyTRec: a softmax branch over the latest events, and a branch of mostly linear attention over all the others.
+
+The latest `short_length` events attend to one another by softmax. The events before them pass through layers of which
+`ratio` in every ratio + 1 are temporal-aware delta networks (:mod:`ranker.longseq.hytrec_layers`), at a cost per event
+that does not grow with L, and whose final states S_L are of constant size. Memory: those states, the mean of the long
+branch's outputs, and keys and values of the short branch's. A candidate reads S_Lᵀ q(candidate) of every linear layer
+and attends to the short branch; its `read` is free of L.
+
+Chosen where the published text is open: layers are pre-norm residual, with a feed-forward net; the softmax layers of
+the long branch see a window of the latest events, not all, so that work stays proportional to Σ L (`window = 0`: all);
+no positions are added, order and time enter by the delta rule and by τ.
+
+Each request has a pass over its own copy of its events, also where requests share a row: with `decay="now"` a token's
+gates depend on the request's time, and in both the split does.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from ranker.longseq.hytrec_layers import LocalSoftmax, ShortSoftmax, Tadn, Tokens
+from ranker.longseq.protocol import History, Probes, Target, compact, latest
+from ranker.ops.attention import window_attention
+from ranker.ops.delta_rule import read_state
+from ranker.ops.jagged import offsets_of, segment_sum, segments_of
+from ranker.ops.next_item import in_batch_softmax
+from ranker.ops.running_mean import RunningMeanPlan, running_mean_plan
+
+
+class HybridMemory(NamedTuple):
+    """What a candidate reads, at most :meth:`HyTRec.memory_bytes` a request.
+
+    state: `[R, n · h, dk, dv]`, S_L of the n linear layers; pooled: `[R, width]`.
+    k, v: `[S, h, d_head]` of the short branch, those of request r in ``start[r] : end[r]``.
+    predicted, following: `[P, width]`, event: `[P]`: for the block's own loss, empty outside training; not stored.
+    """
+
+    state: Tensor
+    pooled: Tensor
+    k: Tensor
+    v: Tensor
+    start: Tensor
+    end: Tensor
+    predicted: Tensor
+    following: Tensor
+    event: Tensor
+
+
+class HyTRec(nn.Module):
+    """Hybrid branches over the latest `length` events (0: all).
+
+    Args:
+        dim: width of events and candidates.
+        width, heads: width of token states and of the output; each head has width / heads of it.
+        layers: N, of the long branch; ratio: r, linear layers before each softmax layer.
+        short_length: events of the short branch.
+        period_s: in which τ, or the state, falls to 1/e.
+        decay: "now", gates shrink with an event's age at the request; "state", the state decays between events, and
+            what is kept of a user does not depend on the request's time.
+        deviation: of a token, from the "mean" of the tokens up to it or from the "previous" one.
+        feed_forward: hidden width of the feed-forward nets, in widths.
+        window: tokens that the long branch's softmax layers see; 0: all, at a cost of Σ L².
+        chunk: tokens that the delta rule works on at once; the result does not depend on it.
+        next_item_weight: of the loss of predicting a next event; 0 turns it off.
+        next_items: positions of each history that it is computed for, the long branch's latest.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        width: int = 32,
+        heads: int = 2,
+        layers: int = 4,
+        ratio: int = 3,
+        short_length: int = 50,
+        period_s: float = 7 * 86400.0,
+        decay: Literal["now", "state"] = "now",
+        deviation: Literal["mean", "previous"] = "mean",
+        length: int = 0,
+        feed_forward: int = 2,
+        window: int = 256,
+        chunk: int = 32,
+        next_item_weight: float = 0.0,
+        next_items: int = 8,
+    ) -> None:
+        super().__init__()
+        for name, value in (("layers", layers), ("ratio", ratio), ("short_length", short_length), ("chunk", chunk)):
+            if value < 1:
+                raise ValueError(f"{name}: {value}; must be at least 1")
+        if heads < 1 or width % heads:
+            raise ValueError(f"heads: {heads}; must divide width ({width})")
+        if period_s <= 0:
+            raise ValueError(f"period_s: {period_s}; must be positive, in seconds")
+        if decay not in ("now", "state"):
+            raise ValueError(f"decay: {decay!r}; must be 'now' or 'state'")
+        if deviation not in ("mean", "previous"):
+            raise ValueError(f"deviation: {deviation!r}; must be 'mean' or 'previous'")
+        self.out_dim = width
+        self.width, self.heads, self.length, self.short_length = width, heads, length, short_length
+        self.period_ms, self.decay_by_age, self.from_mean = 1000.0 * period_s, decay == "now", deviation == "mean"
+        self.next_item_weight, self.next_items = next_item_weight, next_items
+
+        self.event = nn.Linear(dim, width)
+        kinds = [(i + 1) % (ratio + 1) > 0 for i in range(layers)]
+        self.layers = nn.ModuleList(
+            Tadn(width, heads, feed_forward, chunk) if linear else LocalSoftmax(width, heads, feed_forward, window)
+            for linear in kinds
+        )
+        self.linear_layers = sum(kinds)
+        self.long_norm = nn.LayerNorm(width)
+        self.short = ShortSoftmax(width, heads, feed_forward)
+        self.short_norm = nn.LayerNorm(width)
+        self.key_value = nn.Linear(width, 2 * width, bias=False)
+        # of the candidate: a query for each linear layer's state, and one for the short branch
+        self.query = nn.Linear(dim, (self.linear_layers + 1) * width, bias=False)
+        self.out = nn.Linear((self.linear_layers + 2) * width, width)
+        predicts = next_item_weight > 0
+        self.predict = nn.Linear(width, width) if predicts else None
+        self.follow = nn.Linear(dim, width) if predicts else None
+
+    def memory_bytes(self, number_bytes: int = 4) -> int:
+        """What a store keeps of a request at most: no L in it."""
+        d = self.width // self.heads
+        return number_bytes * (
+            self.linear_layers * self.heads * d * d + self.width + 2 * self.short_length * self.width
+        )
+
+    def encode(self, history: History, probes: Probes) -> HybridMemory:
+        """O(Σ L), one pass a request."""
+        history = latest(history, self.length)
+        split = torch.maximum(history.start, history.end - self.short_length)
+        short = compact(_between(history, split, history.end))
+        x, states, offsets = self._long(history, split)
+        count = (offsets[1:] - offsets[:-1]).clamp(min=1).unsqueeze(1)
+        pooled = segment_sum(x, segments_of(offsets), count.size(0)) / count
+        outputs = self.short_norm(self.short(self.event(short.x), offsets_of(short.end - short.start)))
+        k, v = self.key_value(outputs).unflatten(1, [2, self.heads, -1]).unbind(1)
+        predicted, following, event = x[:0], x[:0], split[:0]
+        if self.predict is not None and self.follow is not None and self.training:
+            token, event = self._next_items(split, offsets)
+            predicted, following = self.predict(x[token]), self.follow(history.x[event])
+        return HybridMemory(torch.cat(states, 1), pooled, k, v, short.start, short.end, predicted, following, event)
+
+    def read(self, memory: HybridMemory, target: Target) -> Tensor:
+        """S_Lᵀ q of every linear layer, the long branch's mean and what the short branch answers: `[N, width]`."""
+        q = self.query(target.x).unflatten(1, [(self.linear_layers + 1) * self.heads, -1])
+        of_states, of_short = q.split([self.linear_layers * self.heads, self.heads], 1)
+        found = [
+            read_state(normalize(of_states, dim=2), target.offsets, memory.state).flatten(1),
+            memory.pooled[segments_of(target.offsets)],
+            window_attention(of_short, target.offsets, memory.k, memory.v, memory.start, memory.end).flatten(1),
+        ]
+        return self.out(torch.cat(found, 1))
+
+    def auxiliary(self, history: History, memory: HybridMemory) -> Tensor:
+        """The weighted loss of predicting next events among those of the batch; 0 outside training."""
+        if self.next_item_weight == 0.0 or not self.training:
+            return history.x.new_zeros([])
+        return self.next_item_weight * in_batch_softmax(memory.predicted, memory.following, memory.event)
+
+    def forward(self, history: History, probes: Probes, target: Target) -> Tensor:
+        """`encode` and `read` in one: `[N, out_dim]`."""
+        return self.read(self.encode(history, probes), target)
+
+    @torch.jit.unused
+    def score_next(self, history: History, items: Tensor) -> Tensor:
+        """Scores of `items` `[I, dim]` as the event after each history's last but `short_length`, known to be there:
+        `[R', I]` for the R' requests with more events than that. For :mod:`ranker.ops.next_item`'s metrics."""
+        predict, follow = self.predict, self.follow
+        if predict is None or follow is None:
+            raise ValueError("next_item_weight: 0; there is no next-item head to score with: set it above 0")
+        history = latest(history, self.length)
+        split = torch.maximum(history.start, history.end - self.short_length)
+        x, _, offsets = self._long(history, split)
+        last = offsets[1:][offsets[1:] > offsets[:-1]] - 1
+        return predict(x[last]) @ follow(items).t() / self.width**0.5
+
+    def _long(self, history: History, split: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+        """The long branch: outputs `[T', width]`, S_L of every linear layer, and the offsets of its tokens."""
+        long = compact(_between(history, history.start, split))
+        offsets = offsets_of(long.end - long.start)
+        x = self.event(long.x)
+        tokens = self._tokens(long, offsets, x)
+        states: list[Tensor] = []
+        for layer in self.layers:
+            x, state = layer(x, tokens)
+            states.append(state)
+        return self.long_norm(x), states, offsets
+
+    def _tokens(self, long: History, offsets: Tensor, x: Tensor) -> Tokens:
+        """Decays and deviations of the long branch's tokens."""
+        tau, log_decay = x[:0, :1], x[:0, :1]
+        if self.decay_by_age:
+            age_ms = (long.now[segments_of(offsets)] - long.time).double()
+            tau = torch.exp(-age_ms / self.period_ms).to(x.dtype).unsqueeze(1)
+        else:
+            since_ms = torch.nn.functional.pad((long.time[1:] - long.time[:-1]).double(), [1, 0])[: long.time.numel()]
+            since_ms = since_ms.index_fill(0, offsets[:-1][offsets[1:] > offsets[:-1]], 0.0)
+            log_decay = (-since_ms / self.period_ms).to(x.dtype).unsqueeze(1).repeat(1, self.heads)
+        mean: RunningMeanPlan | None = None
+        if self.from_mean:
+            mean = running_mean_plan(offsets, x)
+        return Tokens(offsets, tau, log_decay, mean)
+
+    def _next_items(self, split: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+        """The long branch's latest tokens, and the events that follow them: `[P]` each."""
+        back = torch.arange(self.next_items, device=split.device)
+        token = offsets[1:].unsqueeze(1) - 1 - back  # [R, next_items]
+        real = token >= offsets[:-1].unsqueeze(1)
+        return token[real], (split.unsqueeze(1) - back)[real]
+
+
+def _between(history: History, start: Tensor, end: Tensor) -> History:
+    """The same events in other windows."""
+    return History(history.x, history.time, start, end, history.now, history.code, history.content)

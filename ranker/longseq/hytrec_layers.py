@@ -1,0 +1,132 @@
+"""HyTRec's layers over jagged token states: the temporal-aware delta network (TADN) and local softmax attention.
+
+A layer is residual with the norm before it: x + attention(LayerNorm(x)), then x + feed-forward(LayerNorm(x)). "Token
+state" of the equations is the normalised one. All are causal.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from ranker.ops.attention import window_attention
+from ranker.ops.delta_rule import delta_rule
+from ranker.ops.local_attention import local_attention
+from ranker.ops.running_mean import RunningMeanPlan, running_mean
+
+
+class Tokens(NamedTuple):
+    """What layers know of the sequences beside the states.
+
+    offsets: `[R + 1]` int64, the sequences; together they have all T tokens.
+    tau: `[T, 1]` e^(−age / period), in (0, 1], or empty for no decay by age.
+    log_decay: `[T, h]` −(time since the token before) / period, or empty for no decay of the state.
+    mean: plan of the running means, or None where the deviation is from the token before.
+    """
+
+    offsets: Tensor
+    tau: Tensor
+    log_decay: Tensor
+    mean: RunningMeanPlan | None
+
+
+def deviations(x: Tensor, tokens: Tokens) -> Tensor:
+    """Δx_t: x_t less the mean of its sequence up to t, or less the token before (0 before the first): `[T, d]`."""
+    mean = tokens.mean
+    if mean is not None:
+        return x - running_mean(x, mean)
+    starts = tokens.offsets[:-1][tokens.offsets[1:] > tokens.offsets[:-1]]
+    previous = torch.nn.functional.pad(x, [0, 0, 1, 0])[: x.size(0)]
+    return x - previous.index_fill(0, starts, 0.0)
+
+
+class FeedForward(nn.Module):
+    """x + W2 silu(W1 LayerNorm(x))."""
+
+    def __init__(self, width: int, times: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, times * width)
+        self.down = nn.Linear(times * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[T, width]` to the same."""
+        return x + self.down(nn.functional.silu(self.up(self.norm(x))))
+
+
+class Tadn(nn.Module):
+    """Temporal-aware delta network, methods' steps 4 and 5: what a token writes is blended with its deviation from the
+    past, more for recent events, and the state forgets what it knows of a key in proportion to the same gate."""
+
+    def __init__(self, width: int, heads: int, feed_forward: int, chunk: int) -> None:
+        super().__init__()
+        self.heads, self.chunk, self.least_gate = heads, chunk, 1e-2
+        self.norm = nn.LayerNorm(width)
+        self.dynamic = nn.Linear(2 * width, width)
+        self.static = nn.Linear(width, width)
+        self.balance = nn.Parameter(torch.zeros([]))  # a = σ(balance)
+        self.projection = nn.Linear(width, 3 * width + heads, bias=False)  # q, k, v, β
+        self.out = nn.Linear(width, width)
+        self.feed_forward = FeedForward(width, feed_forward)
+
+    def gates(self, x: Tensor, deviation: Tensor, tau: Tensor) -> Tensor:
+        """g_t = a σ(W_g [x; Δx] + b_g) ⊙ τ + (1 − a) σ(W_s x + b_s): `[T, width]`, in (0, 1)."""
+        dynamic = torch.sigmoid(self.dynamic(torch.cat([x, deviation], 1)))
+        if tau.size(0) > 0:
+            dynamic = dynamic * tau
+        return torch.lerp(torch.sigmoid(self.static(x)), dynamic, torch.sigmoid(self.balance))
+
+    def forward(self, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """States `[T, width]`; the new ones, and S_L `[R, h, dk, dv]`."""
+        y = self.norm(x)
+        deviation = deviations(y, tokens)
+        g = self.gates(y, deviation, tokens.tau)
+        blended = torch.lerp(y, deviation, g)  # x̃ = g ⊙ Δx + (1 − g) ⊙ x
+        width = x.size(1)
+        qkv, beta = self.projection(blended).split([3 * width, self.heads], 1)
+        q, k, v = qkv.unflatten(1, [3, self.heads, -1]).unbind(1)
+        beta = torch.sigmoid(beta)
+        erase = beta * g.unflatten(1, [self.heads, -1]).mean(2).clamp(min=self.least_gate)  # ĝ β
+        log_decay = tokens.log_decay if tokens.log_decay.size(0) > 0 else None
+        o, state = delta_rule(
+            normalize(q, dim=2), normalize(k, dim=2), v, erase, beta, log_decay, tokens.offsets, self.chunk
+        )
+        return self.feed_forward(x + self.out(o.flatten(1))), state
+
+
+class LocalSoftmax(nn.Module):
+    """Causal multi-head softmax attention to the latest `window` tokens (0: to all, at a cost of Σ L²)."""
+
+    def __init__(self, width: int, heads: int, feed_forward: int, window: int) -> None:
+        super().__init__()
+        self.heads, self.window = heads, window
+        self.norm = nn.LayerNorm(width)
+        self.projection = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width)
+        self.feed_forward = FeedForward(width, feed_forward)
+
+    def forward(self, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """States `[T, width]`; the new ones, and no S_L: `[R, 0, d_head, d_head]`."""
+        q, k, v = self.projection(self.norm(x)).unflatten(1, [3, self.heads, -1]).unbind(1)
+        o = local_attention(q, k, v, tokens.offsets, self.window)
+        no_state = torch.zeros([tokens.offsets.numel() - 1, 0, q.size(2), q.size(2)], dtype=x.dtype, device=x.device)
+        return self.feed_forward(x + self.out(o.flatten(1))), no_state
+
+
+class ShortSoftmax(nn.Module):
+    """Multi-head softmax self-attention of each sequence, every token to every other."""
+
+    def __init__(self, width: int, heads: int, feed_forward: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(width)
+        self.projection = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width)
+        self.feed_forward = FeedForward(width, feed_forward)
+
+    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+        """States `[S, width]` to new ones."""
+        q, k, v = self.projection(self.norm(x)).unflatten(1, [3, self.heads, -1]).unbind(1)
+        o = window_attention(q, offsets, k, v, offsets[:-1], offsets[1:])
+        return self.feed_forward(x + self.out(o.flatten(1)))

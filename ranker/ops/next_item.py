@@ -1,0 +1,47 @@
+"""Next-item prediction: the loss over a batch's own items, and how well a ranking of many items finds the next one."""
+
+import torch
+from torch import Tensor
+
+
+def in_batch_softmax(predicted: Tensor, following: Tensor, event: Tensor) -> Tensor:
+    """Mean cross-entropy of finding one's own next item among those of the whole batch; 0 for none.
+
+    Args:
+        predicted, following: `[P, d]`; their inner products over √d are the logits.
+        event: `[P]` int64; the same event twice is not its own negative.
+    """
+    if predicted.size(0) == 0:
+        return predicted.sum() + following.sum()  # 0, and the parameters behind it get a gradient in every step
+    logits = predicted @ following.t() / predicted.size(1) ** 0.5
+    same = event.unsqueeze(1) == event
+    same = same & ~torch.eye(event.numel(), dtype=torch.bool, device=event.device)
+    label = torch.arange(event.numel(), device=event.device)
+    return torch.nn.functional.cross_entropy(logits.masked_fill(same, float("-inf")), label)
+
+
+def _ranks(scores: Tensor, target: Tensor) -> Tensor:
+    """Items scored at least as high as the target `[Q]`, the target not counted: ties count against it."""
+    return (scores >= scores.gather(1, target.unsqueeze(1))).sum(1) - 1
+
+
+def hit_rate_at_k(scores: Tensor, target: Tensor, k: int) -> Tensor:
+    """Share of queries whose next item is among the k highest scores.
+
+    Args:
+        scores: `[Q, I]`; target: `[Q]` int64, the index of the next item.
+
+    >>> hit_rate_at_k(torch.tensor([[0.1, 0.9, 0.5], [0.3, 0.2, 0.1]]), torch.tensor([2, 2]), 2)
+    tensor(0.5000)
+    """
+    return (_ranks(scores, target) < k).float().mean()
+
+
+def ndcg_at_k(scores: Tensor, target: Tensor, k: int) -> Tensor:
+    """Mean of 1 / log2(rank + 2) of the next item, ranks from 0, and 0 beyond the k highest scores.
+
+    >>> ndcg_at_k(torch.tensor([[0.1, 0.9, 0.5], [0.3, 0.2, 0.1]]), torch.tensor([1, 2]), 2)
+    tensor(0.5000)
+    """
+    rank = _ranks(scores, target)
+    return torch.where(rank < k, 1.0 / torch.log2(rank + 2.0), 0.0).mean()
