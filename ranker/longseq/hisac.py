@@ -68,7 +68,7 @@ class HiSAC(nn.Module):
             (detached), with the mean of an agent's own events as its prototype.
         voting: False makes every leaf of the history an agent, at most `most_leaves` of those with most votes.
         length: the latest events used, 0: all.
-        age_buckets: buckets of log2(age in seconds): e_i is scaled and shifted by its age, learned; 0 turns it off.
+        age_buckets: buckets of log2(age in seconds): e_i decays by a learned factor of its age; 0 turns it off.
     """
 
     centre: Tensor
@@ -108,8 +108,7 @@ class HiSAC(nn.Module):
         self.query = nn.Linear(dim, self.out_dim, bias=False)
         self.key = nn.Linear(dim, self.out_dim, bias=False)
         self.value = nn.Linear(dim, self.out_dim, bias=False)
-        self.age_scale = nn.Parameter(torch.ones(age_buckets)) if age_buckets > 0 else None
-        self.age_shift = nn.Parameter(torch.zeros(age_buckets, dim)) if age_buckets > 0 else None
+        self.decay = nn.Parameter(torch.ones(age_buckets)) if age_buckets > 0 else None
 
     @torch.jit.export
     def agents_of(self, history: History) -> Agents:
@@ -165,13 +164,13 @@ class HiSAC(nn.Module):
         return HiSACMemory(k, v, weight.squeeze(1).log(), agents.offsets)
 
     def _ranking_embeddings(self, history: History, leaves: Leaves) -> Tensor:
-        """e_i of every vote `[P', d]`: the event's embedding, scaled and shifted by its age at the request."""
+        """e_i of every vote `[P', d]`: the event's embedding, times the decay of its age at the request."""
         e = history.x.index_select(0, leaves.event)
-        scale, shift = self.age_scale, self.age_shift
-        if scale is not None and shift is not None:
-            now = history.now.index_select(0, leaves.request.index_select(0, leaves.leaf))
-            bucket = log_bucket((now - history.time.index_select(0, leaves.event)) // 1000, self.age_buckets)
-            e = e * scale.index_select(0, bucket).unsqueeze(1) + shift.index_select(0, bucket)
+        decay = self.decay
+        if decay is not None:
+            now = history.now.index_select(0, leaves.request).index_select(0, leaves.leaf)
+            age_s = (now - history.time.index_select(0, leaves.event)) // 1000
+            e = e * decay.index_select(0, log_bucket(age_s, self.age_buckets)).unsqueeze(1)
         return e
 
     def _represent(self, history: History, leaves: Leaves, agents: Agents, e: Tensor) -> Tensor:
@@ -183,7 +182,7 @@ class HiSAC(nn.Module):
         start, end = agents.offsets[:-1], agents.offsets[1:]
         query = 2 / self.temperature * at.prototype
         if self.routing == "items":
-            bias = at.events.log() - at.z.square().sum(1) / self.temperature
+            bias = at.events.log() - torch.linalg.vector_norm(at.z, dim=1).square() / self.temperature
             return frozen_attention(query, agents.offsets, at.z, bias, at.e, at.offsets[:-1], at.offsets[1:])
         own = -at.prototype.square().sum(1) / self.temperature
         total, nearest = window_logsumexp(at.z, at.offsets, query, own, start, end)
@@ -199,22 +198,22 @@ class HiSAC(nn.Module):
 
     def _routed(self, history: History, leaves: Leaves, agents: Agents, e: Tensor) -> Routed:
         """What goes to the agents, and their prototypes p_a = Σ_l C_l[a^l]."""
-        n, requests = leaves.votes.numel(), history.start.numel()
+        n = leaves.votes.numel()
         if self.z == "codewords":
             count = leaves.votes.to(e.dtype)
             mean = segment_sum(e, leaves.leaf, n) / count.unsqueeze(1)
             return Routed(self._in_space(leaves.code, e), mean, count, leaves.offsets, self._in_space(agents.code, e))
-        request = leaves.request.index_select(0, leaves.leaf)
-        offsets = offsets_of(torch.bincount(request, minlength=requests))
+        offsets = offsets_of(torch.zeros_like(history.start).index_add_(0, leaves.request, leaves.votes))
         count = torch.ones_like(e[:, 0])
         if self.z == "content":
             if history.content.size(1) != self.centre.numel():
                 raise ValueError(
                     f"events have content vectors of width {history.content.size(1)}, codewords {self.centre.numel()}"
                 )
-            z = (history.content.index_select(0, leaves.event) - self.centre).to(e.dtype)
+            z = history.content.detach().index_select(0, leaves.event).sub_(self.centre).to(e.dtype)
             return Routed(z, e, count, offsets, self._in_space(agents.code, e))
-        z = _standardised(history.x.detach().index_select(0, leaves.event), request, requests)
+        request = leaves.request.index_select(0, leaves.leaf)
+        z = _standardised(history.x.detach().index_select(0, leaves.event), request, history.start.numel())
         mean = segment_sum(z, leaves.leaf, n) / leaves.votes.unsqueeze(1)
         mean = torch.cat([mean, z.new_zeros([1, z.size(1)])])
         return Routed(z, e, count, offsets, mean.index_select(0, _leaf_of(agents, leaves)))

@@ -110,7 +110,7 @@ def frozen_attention(
     Returns:
         `[N, dv]`; zero for queries of an empty window. Time follows queries × events, memory queries + events.
     """
-    q, k = _with_bias(q.detach().to(v.dtype), k.detach().to(v.dtype), bias.detach().to(v.dtype))
+    q, k = _with_bias(q.detach(), k.detach(), bias.detach(), v.dtype)
     if torch.jit.is_scripting():
         return _frozen_forward(q, q_offsets, k, v, start, end)[0]
     return _FrozenAttention.apply(q, q_offsets, k, v, start, end)  # pyright: ignore[reportReturnType]
@@ -123,7 +123,7 @@ def window_logsumexp(
 
     Arguments as in :func:`frozen_attention`. Of equal terms the first; −inf and −1 for an empty window. No gradients.
     """
-    q, k = _with_bias(q.detach(), k.detach(), bias.detach())
+    q, k = _with_bias(q.detach(), k.detach(), bias.detach(), q.dtype)
     plan = _cached_units(q_offsets, start, end)
     tile, key = _in_tiles(q, plan), _keys(plan, start, k.size(0) - 1)
     tiles, width = plan.row.size(0), plan.row.size(1)
@@ -158,8 +158,8 @@ class _FrozenAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         q, q_offsets, k, start, end, logsumexp = ctx.saved_tensors
-        # a further column: the logits come out less log Σ e^logit, and e^ of them are the weights
-        q, k = torch.cat([q, -logsumexp.unsqueeze(1)], 1), torch.nn.functional.pad(k, [0, 1], value=1.0)
+        # the logits come out less log Σ e^logit, and e^ of them are the weights
+        q = torch.cat([q[:, :-1], -logsumexp.unsqueeze(1)], 1)
         plan = _cached_units(q_offsets, start, end)
         tile, key = _in_tiles(q, plan), _keys(plan, start, k.size(0) - 1)
         grad_tile = _in_tiles(gradients[0], plan).masked_fill(~plan.real_row.unsqueeze(2), 0.0)
@@ -258,12 +258,22 @@ def _block(plan: _Units) -> int:
     return max(logits // (plan.row.size(1) * plan.within.size(1)), 1)
 
 
-def _with_bias(q: Tensor, k: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries and keys with the bias as one more column; and one more key, which no query gives any weight: padding."""
-    q = torch.nn.functional.pad(q, [0, 1], value=1.0)
-    k = torch.nn.functional.pad(torch.cat([k, bias.unsqueeze(1)], 1), [0, 0, 0, 1])
-    k[-1, k.size(1) - 1] = float("-inf")
-    return q, k
+def _with_bias(q: Tensor, k: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Operands `[N, d + 2]` and `[T + 1, d + 2]` whose product has the bias added, less the last column of `q`, now 0.
+
+    The further key is for padding: no query gives it any weight.
+    """
+    d = k.size(1)
+    keys = torch.empty([k.size(0) + 1, d + 2], dtype=dtype, device=k.device)
+    keys[:-1, :d] = k
+    keys[:-1, d] = bias
+    keys[-1, :d] = 0.0
+    keys[-1, d] = float("-inf")
+    keys[:, d + 1] = 1.0
+    queries = torch.zeros([q.size(0), d + 2], dtype=dtype, device=q.device)
+    queries[:, :d] = q
+    queries[:, d] = 1.0
+    return queries, keys
 
 
 def _logits(tile: Tensor, k: Tensor, unit_tile: Tensor, key: Tensor) -> Tensor:

@@ -113,11 +113,11 @@ def history_leaves(code: Tensor, time: Tensor, start: Tensor, end: Tensor) -> Le
         pair = votes.index_select(0, event).nonzero().squeeze(1)
         event, request = event.index_select(0, pair), request.index_select(0, pair)
     key, order = torch.sort(row_keys(request, code.index_select(0, event)), stable=True)
-    event, request, leaf = event.index_select(0, order), request.index_select(0, order), _runs(key)
+    event, leaf = event.index_select(0, order), _runs(key)
     leaves = int(leaf[-1]) + 1 if leaf.numel() > 0 else 0
     count = torch.bincount(leaf, minlength=leaves)
     first = torch.cumsum(count, 0) - count
-    of_request = request.index_select(0, first)
+    of_request = request.index_select(0, order.index_select(0, first))
     return Leaves(
         code.index_select(0, event.index_select(0, first)),
         of_request,
@@ -150,8 +150,11 @@ def tree_nodes(leaves: Leaves, keep: list[int]) -> list[Nodes]:
         node_votes = torch.zeros_like(count).index_add_(0, node, votes)
         node_latest = _segment_max(latest, node, nodes)
         above = parent.index_select(0, first)
-        best = _best(above, node_votes, node_latest, k)
-        kept = best & parent_kept.index_select(0, above)
+        rival = parent_kept.index_select(0, above).nonzero().squeeze(1)  # the children of kept parents
+        best = _best(
+            above.index_select(0, rival), node_votes.index_select(0, rival), node_latest.index_select(0, rival), k
+        )
+        kept = torch.zeros_like(count, dtype=torch.bool).index_fill_(0, rival.masked_select(best), True)
         code = leaves.code.index_select(0, first)[:, : level + 1]
         levels.append(Nodes(code, request.index_select(0, first), node_votes, node_latest, kept))
         parent, parent_kept = node, kept

@@ -125,10 +125,9 @@ def reference(block: HiSAC, history: History, target: Target) -> Tensor:
             e: list[Tensor] = []
             for i in voters:
                 e_i = history.x[i]
-                if block.age_scale is not None and block.age_shift is not None:
+                if block.decay is not None:
                     age_s = max(0, (int(history.now[r]) - int(history.time[i])) // 1000)
-                    bucket = min(age_s.bit_length(), block.age_buckets - 1)
-                    e_i = block.age_scale[bucket] * e_i + block.age_shift[bucket]
+                    e_i = block.decay[min(age_s.bit_length(), block.age_buckets - 1)] * e_i
                 e.append(e_i)
             alpha = weights_of(block, *places(block, history, voters, [code for code, _ in agents]))
             representations = [sum((w * e_i for w, e_i in zip(ws, e, strict=True)), torch.zeros(DIM)) for ws in alpha]
