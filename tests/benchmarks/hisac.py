@@ -1,11 +1,12 @@
 """Time and memory of HiSAC beside full-length target attention of the same width.
 
-    python -m tests.benchmarks.hisac [--threads 1] [--repeats 5] [--codes zipf|uniform]
+    python -m tests.benchmarks.hisac [--threads 1] [--repeats 5] [--codes zipf|uniform] [--candidates 16]
 
 A training step (forward and backward) of 32 requests × 16 candidates at L = 1,000 and 10,000; encode at L = 100,000
 over 10,000; read of 500 candidates with as many agents from L = 10,000 as from 100; and what is left online once a
-memory is at hand. Semantic IDs have 2 levels × 200 codes. A user's codes are Zipf-distributed over an order of the codes
-that is the user's own (`zipf`), or any code is as likely as any other (`uniform`: little repeats, the worst for leaves).
+memory is at hand. Semantic IDs have 2 levels × 200 codes. A user's codes are Zipf-distributed over an order of the
+codes that is the user's own (`zipf`), or any code is as likely as any other (`uniform`: little repeats, the worst for
+leaves).
 The ways alternate, medians are reported. Times are the process's CPU time, so that others' load counts for less; peak
 memory is what a process of its own needed beyond its inputs.
 """
@@ -107,29 +108,29 @@ def encode(block: HiSAC, history: History) -> Tensor:
     return memory.k.sum() + memory.v.sum()
 
 
-def peak_mib(way: str, requests: int, length: int, kind: str) -> float:
+def peak_mib(way: str, requests: int, length: int, kind: str, candidates: int = CANDIDATES) -> float:
     """Peak memory of one step beyond the inputs, in a process of its own."""
     command = [sys.executable, "-m", "tests.benchmarks.hisac", "--codes", kind, "--only", way]
-    command += ["--requests", str(requests), "--length", str(length)]
+    command += ["--requests", str(requests), "--length", str(length), "--candidates", str(candidates)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def print_peak(way: str, requests: int, length: int, kind: str) -> None:
+def print_peak(way: str, requests: int, length: int, kind: str, candidates: int) -> None:
     """What the process started by `peak_mib` does."""
     block = block_of(way)
     step(block, *batch_of(2, 100, 2, codes_of(2, 100, kind)))  # libraries and thread pools
-    history, target = batch_of(requests, length, CANDIDATES, codes_of(requests, length, kind))
+    history, target = batch_of(requests, length, candidates, codes_of(requests, length, kind))
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
     before = resident_mib("VmRSS")
     step(block, history, target)
     print(resident_mib("VmHWM") - before)
 
 
-def print_steps(kind: str, repeats: int) -> None:
+def print_steps(kind: str, candidates: int, repeats: int) -> None:
     """Training steps against target attention."""
     for length in (1_000, 10_000):
         codes = codes_of(REQUESTS, length, kind)
-        history, target = batch_of(REQUESTS, length, CANDIDATES, codes)
+        history, target = batch_of(REQUESTS, length, candidates, codes)
         block = block_of("codewords 200")
         assert isinstance(block, HiSAC)
         leaves = block.encode(history, NO_PROBES).log_weight.numel() / REQUESTS
@@ -137,8 +138,9 @@ def print_steps(kind: str, repeats: int) -> None:
         distinct = (users + codes[:, 0] * (CODES + 1) + codes[:, 1]).unique().numel() / REQUESTS
         blocks = {way: block_of(way) for way in WAYS}
         took = medians_ms({way: lambda b=b, h=history, t=target: step(b, h, t) for way, b in blocks.items()}, repeats)
-        print(f"step, L = {length:,}: {distinct:.0f} leaves and {leaves:.0f} agents (of 200) a request")
-        peak = {way: peak_mib(way, REQUESTS, length, kind) for way in WAYS}
+        sizes = f"{REQUESTS} × {candidates}, {distinct:.0f} leaves and {leaves:.0f} of 200 agents a request"
+        print(f"step, L = {length:,}: {sizes}")
+        peak = {way: peak_mib(way, REQUESTS, length, kind, candidates) for way in WAYS}
         for way in WAYS:
             ratios = f"time × {took[way] / took[REFERENCE]:.2f}, memory × {peak[way] / peak[REFERENCE]:.2f}"
             print(f"  {way:<18}{took[way]:>9.1f} ms {peak[way]:>6.0f} MiB   {ratios}", flush=True)
@@ -202,17 +204,18 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--codes", choices=["zipf", "uniform"], default="zipf")
+    parser.add_argument("--candidates", type=int, default=CANDIDATES, help="of each request, in the training step")
     parser.add_argument("--only", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--requests", type=int, default=REQUESTS, help=argparse.SUPPRESS)
     parser.add_argument("--length", type=int, default=1_000, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.only:
-        print_peak(options.only, options.requests, options.length, options.codes)
+        print_peak(options.only, options.requests, options.length, options.codes, options.candidates)
         return
     print(f"machine   {machine('torch', threads=options.threads)}")
     print(f"sizes     width {DIM}, 2 heads of 16, content {DZ}, 2 × {CODES} codes, {options.codes} codes, float32")
-    print_steps(options.codes, options.repeats)
+    print_steps(options.codes, options.candidates, options.repeats)
     print_growth(options.codes, options.repeats)
     print("online, 500 candidates of one request, target attention over L = 10,000")
     print_online(options.repeats)
