@@ -22,6 +22,7 @@ class RequestBatch(NamedTuple):
         ``candidate:NAME`` (row r holds the candidates of request r), so that both share one table and one look-up.
         Requests of one user whose windows overlap or touch share a distinct history.
     request_dense `[R, ·]`, candidate_dense `[N, ·]`, event_dense `[T, ·]`: float32.
+    event_codes `[T, codes]`, candidate_codes `[N, codes]`: int64, ids that no table reads.
     event_time `[T]`, now `[R]`: int64 milliseconds.
     start, end: `[R]` int64, request r's events are ``[start[r], end[r])`` of T.
     offsets: `[R + 1]` int64, request r's candidates.
@@ -35,6 +36,8 @@ class RequestBatch(NamedTuple):
     request_dense: Tensor
     candidate_dense: Tensor
     event_dense: Tensor
+    event_codes: Tensor
+    candidate_codes: Tensor
     event_time: Tensor
     now: Tensor
     start: Tensor

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -45,6 +46,8 @@ class Part:
     request_dense: list[Array] = field(default_factory=list)
     candidate_dense: list[Array] = field(default_factory=list)
     event_dense: list[Array] = field(default_factory=list)
+    event_codes: list[Array] = field(default_factory=list)
+    candidate_codes: list[Array] = field(default_factory=list)
     labels: list[Array] = field(default_factory=list)
     oracles: list[Array] = field(default_factory=list)
 
@@ -76,6 +79,8 @@ def nothing(selection: Selection) -> Part:
         request_dense=[np.zeros(1, np.float32) for _ in spec.request_dense],
         candidate_dense=[none() for _ in spec.candidate_dense],
         event_dense=[none() for _ in spec.event_dense],
+        event_codes=[none() for _ in spec.codes],
+        candidate_codes=[none() for _ in spec.codes],
         labels=[none() for _ in selection.labels],
         oracles=[none() for _ in selection.oracles],
     )
@@ -99,19 +104,21 @@ def assemble(parts: list[Part], selection: Selection) -> dict[str, Tensor]:
         **_pooled("candidate", [p.candidate for p in parts]),
         "sequence.values": _long(_by_feature([p.history for p in parts]) + _by_feature([p.target for p in parts])),
         "sequence.lengths": _long([rows] * histories + [per_request] * targets),
-        "request_dense": _floats([p.request_dense for p in parts], requests),
-        "candidate_dense": _floats([p.candidate_dense for p in parts], candidates),
-        "event_dense": _floats([p.event_dense for p in parts], sum(events)),
+        "request_dense": _table([p.request_dense for p in parts], requests, np.float32),
+        "candidate_dense": _table([p.candidate_dense for p in parts], candidates, np.float32),
+        "event_dense": _table([p.event_dense for p in parts], sum(events), np.float32),
+        "event_codes": _table([p.event_codes for p in parts], sum(events), np.int64),
+        "candidate_codes": _table([p.candidate_codes for p in parts], candidates, np.int64),
         "event_time": _long([p.event_time for p in parts]),
         "now": _long([p.now for p in parts]),
         "start": _long([start for start, _ in windows]),
         "end": _long([end for _, end in windows]),
         "offsets": _long([offsets]),
-        "labels": _floats([p.labels for p in parts], candidates),
+        "labels": _table([p.labels for p in parts], candidates, np.float32),
         "user": _long([p.user for p in parts]),
         "item": _long([p.item for p in parts]),
         "history_length": _long([p.history_length for p in parts]),
-        "oracles": _floats([p.oracles for p in parts], candidates),
+        "oracles": _table([p.oracles for p in parts], candidates, np.float32),
     }
 
 
@@ -137,9 +144,9 @@ def _long(arrays: Sequence[Array]) -> Tensor:
     return torch.from_numpy(np.concatenate(arrays, dtype=np.int64, casting="unsafe"))
 
 
-def _floats(columns: list[list[Array]], rows: int) -> Tensor:
-    """`[rows, features]` float32 of each part's columns."""
-    out = np.empty((rows, len(columns[0])), np.float32)
+def _table(columns: list[list[Array]], rows: int, kind: npt.DTypeLike) -> Tensor:
+    """`[rows, features]` of each part's columns."""
+    out = np.empty((rows, len(columns[0])), kind)
     for i in range(out.shape[1]):
         np.concatenate([part[i] for part in columns], out=out[:, i], casting="unsafe")
     return torch.from_numpy(out)

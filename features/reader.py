@@ -122,6 +122,8 @@ class Reader:
             candidate_id if f.name == "item" else self._attribute(f.name, candidate_item) for f in spec.sequence
         ]
         part.event_dense = [events(f.name) for f in spec.event_dense]
+        part.event_codes = [self._attribute(f.name, event_item) for f in spec.codes]
+        part.candidate_codes = [self._attribute(f.name, candidate_item) for f in spec.codes]
 
         def of_request(feature: Feature) -> tuple[Array, Ints]:
             if feature.name == "user":

@@ -41,6 +41,11 @@ class FeaturesConfig(Strict):
     event_dense: list[str] = Field(
         default_factory=list, description="floats of history events: `event.NAME`; projected and added"
     )
+    codes: list[str] = Field(
+        default_factory=list,
+        description="ids of history and candidates that blocks read as they are, through no table: `item.NAME` "
+        "(categorical), such as the levels of semantic IDs",
+    )
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,7 @@ class FeatureSpec:
     sequence: tuple[Feature, ...]
     event: tuple[Feature, ...]
     event_dense: tuple[Feature, ...]
+    codes: tuple[Feature, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,7 @@ def resolve(features: FeaturesConfig, manifest: Manifest) -> FeatureSpec:
         sequence=_look_up("sequence", features.sequence, manifest, ("item",), ("categorical",)),
         event=_look_up("event", features.event, manifest, ("event",), ("categorical",)),
         event_dense=_look_up("event_dense", features.event_dense, manifest, ("event",), ("dense",)),
+        codes=_look_up("codes", features.codes, manifest, ("item",), ("categorical",)),
     )
 
 
