@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Scope = Literal["user", "item", "event", "request", "candidate"]
-Kind = Literal["categorical", "bag", "dense", "vector"]
+Kind = Literal["categorical", "bag", "dense", "vector", "text"]
 TimeUnit = Literal["s", "ms", "us", "ns"]
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
@@ -29,7 +29,9 @@ class ColumnConfig(Strict):
     """One input column (or SQL expression over input columns) and how it becomes numbers."""
 
     kind: Kind = Field(
-        default="categorical", description="categorical: one id; bag: list of ids; dense: float; vector: list of floats"
+        default="categorical",
+        description="categorical: one id; bag: list of ids; dense: float; vector: list of floats; "
+        "text: words that semantic IDs are made from, items only",
     )
     source: str | None = Field(
         default=None, description="input column or SQL expression over input columns; default: the column's own name"
@@ -75,9 +77,12 @@ class ColumnsConfig(Strict):
                     raise ValueError(
                         f"{scope}.{name}: a {column.kind} cannot belong to each {scope}; make it an item column"
                     )
-        for name, column in (self.user | self.request).items():
-            if column.kind == "vector":
-                raise ValueError(f"{name}: vectors can belong to items only; use dense columns")
+        for scope, columns in (("user", self.user), ("request", self.request)):
+            for name, column in columns.items():
+                if column.kind == "vector":
+                    raise ValueError(f"{scope}.{name}: vectors can belong to items only; use dense columns")
+                if column.kind == "text":
+                    raise ValueError(f"{scope}.{name}: text can belong to items only; make it a bag of its words")
         return self
 
 

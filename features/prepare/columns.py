@@ -1,7 +1,7 @@
 """From a config's columns to SQL that gives each its stored type, checked against the table's columns beforehand.
 
 Stored types: categorical BIGINT or VARCHAR (INTEGER bucket with `edges`), bag BIGINT[] or VARCHAR[], dense FLOAT,
-vector FLOAT[]. :mod:`features.prepare.encode` turns them into indices and numbers.
+vector FLOAT[], text VARCHAR. :mod:`features.prepare.encode` turns them into indices and numbers.
 """
 
 from __future__ import annotations
@@ -73,6 +73,8 @@ def _convert(sql: str, kind: str, config: ColumnConfig, about: str) -> str:
             if inner is None or not is_number(inner):
                 raise PrepareError(f"{about}: type {kind} for a vector column; it needs a list of numbers")
             return f"CAST({sql} AS FLOAT[])"
+        case "text":
+            return _text(sql, kind, about)
 
 
 def _value(sql: str, kind: str, about: str) -> str:
@@ -108,6 +110,17 @@ def _bag(sql: str, kind: str, separator: str | None, about: str) -> str:
     if is_float(inner) or element(inner) is not None:
         raise PrepareError(f"{about}: type {kind} for a bag; its values must be integers or strings")
     return f"CAST({sql} AS VARCHAR[])"
+
+
+def _text(sql: str, kind: str, about: str) -> str:
+    """A string, or a list of them joined with spaces; null is the empty string."""
+    if element(kind) == "VARCHAR":
+        sql = f"array_to_string({sql}, ' ')"
+    elif kind != "VARCHAR" and not kind.startswith("ENUM"):
+        raise PrepareError(
+            f"{about}: type {kind} for a text column; it needs a string or a list of strings: cast it to VARCHAR"
+        )
+    return f"coalesce(CAST({sql} AS VARCHAR), '')"
 
 
 def check_dense(engine: Engine, relation: str, scope: Scope, columns: Mapping[str, ColumnConfig], about: str) -> None:

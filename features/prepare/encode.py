@@ -17,9 +17,10 @@ Vocabularies = Mapping[str, pa.Table]
 
 
 def encode(column: pa.Array, name: str, config: ColumnConfig, vocabularies: Vocabularies) -> pa.Array:
-    """One column as it is written: categorical int32, bag list<int32>, dense float32, vector fixed-size list<float32>.
+    """One column as it is written: categorical int32, bag list<int32>, dense float32, vector fixed-size list<float32>,
+    text large_string.
 
-    Null and unknown values become index 0; a null bag is empty; a null number is `default` or 0.
+    Null and unknown values become index 0; a null bag or text is empty; a null number is `default` or 0.
 
     Args:
         column: values of the stored type (see :mod:`features.prepare.columns`).
@@ -37,6 +38,8 @@ def encode(column: pa.Array, name: str, config: ColumnConfig, vocabularies: Voca
             return pa.array(np.log1p(values) if config.transform == "log1p" else values, type=pa.float32())
         case "vector":
             return _vectors(column)
+        case "text":
+            return pc.fill_null(column.cast(pa.large_string()), "")
 
 
 def info(column: pa.Array, scope: Scope, name: str, config: ColumnConfig, vocabularies: Vocabularies) -> ColumnInfo:
@@ -48,8 +51,8 @@ def info(column: pa.Array, scope: Scope, name: str, config: ColumnConfig, vocabu
 
 def described(scope: Scope, name: str, config: ColumnConfig, vocabularies: Vocabularies) -> ColumnInfo:
     """What the manifest says of a column that is no vector."""
-    if config.kind == "dense":
-        return ColumnInfo(kind="dense")
+    if config.kind in ("dense", "text"):
+        return ColumnInfo(kind=config.kind)
     if config.edges is not None:
         return ColumnInfo(kind="categorical", size=len(config.edges) + 2)
     return ColumnInfo(kind=config.kind, size=vocabularies[stored(scope, name)].num_rows + 1)

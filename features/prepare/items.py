@@ -26,7 +26,10 @@ def write_items(
     infos: dict[str, ColumnInfo] = {}
     for name, config in configured.items():
         column = stored("item", name)
-        source = rows.column(column).combine_chunks()
+        source = rows.column(column)
+        if config.kind == "text":  # all texts together may be longer than a string column's 2 GiB
+            source = source.cast(pa.large_string())
+        source = source.combine_chunks()
         filled = source.fill_null(0) if config.edges is not None else source
         columns[column] = encode(filled, column, config, vocabularies)
         infos[name] = info(columns[column], "item", name, config, vocabularies)
