@@ -6,6 +6,8 @@ Layout::
     items.arrow                      one row per dense item index; row 0 is the reserved, unknown item
     vocabularies/SCOPE.NAME.arrow    columns `value`, `index`; index 0 is reserved and not listed
     vocabularies/item.arrow, vocabularies/user.arrow      raw id → dense index, all rows
+    semantic_ids/NAME-HASH.arrow     codes of a codebook, one row per dense item index; more columns of the item table
+    semantic_ids/NAME-HASH.safetensors  its codewords
     partitions/00000/histories.arrow one row per user, the whole event log sorted by time
     partitions/00000/requests.arrow  one row per request, sorted by (split, history row, time)
 
@@ -21,10 +23,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
 from features.errors import UserError
 from features.schema import SPLITS, Kind, Split
@@ -42,11 +49,29 @@ class _Record(BaseModel):
 
 
 class ColumnInfo(_Record):
-    """One stored column: `size` counts ids including the reserved 0 (categorical, bag); `dim` floats (vector)."""
+    """One stored column: `size` counts ids including the reserved 0 (categorical, bag); `dim` floats (vector);
+    `codebook` names the semantic IDs it belongs to."""
 
     kind: Kind
     size: int = 0
     dim: int = 0
+    codebook: str | None = None
+
+
+class CodebookInfo(_Record):
+    """Semantic IDs in the item table, made by ``ranker sids apply``."""
+
+    version: str
+    content_hash: str
+    """of the codebook: two with the same one give equal content equal codes"""
+    levels: list[int]
+    """codes of each level; columns hold code + 1, and 0 for an item without content"""
+    dim: int
+    """width of the codewords"""
+    file: str
+    """path below the dataset, without suffix"""
+    without_code: dict[str, int]
+    """items without content, in all and among the distinct candidates of each split"""
 
 
 class SplitInfo(_Record):
@@ -95,6 +120,8 @@ class Manifest(_Record):
     """rows left out, by reason"""
     counted: dict[str, int] = {}
     """other findings that lose no row, by what was found"""
+    codebooks: dict[str, CodebookInfo] = {}
+    """semantic IDs by name; not part of the content hash"""
     config: dict[str, object]
     """the resolved prepare config"""
     versions: dict[str, str]
@@ -102,6 +129,12 @@ class Manifest(_Record):
     def filled_splits(self) -> list[Split]:
         """Splits that have requests, in the order train, valid, test."""
         return [split for split in SPLITS if split in self.splits and self.splits[split].requests]
+
+    def codebooks_behind(self, features: Iterable[str]) -> dict[str, CodebookInfo]:
+        """The codebooks whose columns are among `features` (``item.NAME``), by name."""
+        columns = (self.columns.get("item", {}).get(name.removeprefix("item.")) for name in features)
+        used = {column.codebook for column in columns if column is not None and column.codebook is not None}
+        return {name: self.codebooks[name] for name in sorted(used)}
 
 
 def partition_dir(root: Path, partition: int) -> Path:
@@ -173,8 +206,37 @@ class Dataset:
             )
 
     def items(self) -> pa.RecordBatch:
-        """The item table: row = dense item index; columns ``id`` and ``item.NAME``."""
-        return read_arrow(self.root / "items.arrow")
+        """The item table: row = dense item index; columns ``id`` and ``item.NAME``, semantic IDs included."""
+        items = read_arrow(self.root / "items.arrow")
+        for info in self.manifest.codebooks.values():
+            path = self.root / f"{info.file}.arrow"
+            codes = read_arrow(path)
+            if codes.num_rows != items.num_rows:
+                raise DatasetError(
+                    f"{path}: {codes.num_rows} rows, the item table has {items.num_rows}; run `ranker sids apply` again"
+                )
+            for name, column in zip(codes.schema.names, codes.columns, strict=True):
+                items = items.append_column(name, column)
+        return items
+
+    def codewords(self, codebook: str) -> list[npt.NDArray[np.float32]]:
+        """`[K_l, dim]` of each level of a codebook whose codes the item table has.
+
+        Raises:
+            DatasetError: it has not, or the file is missing.
+        """
+        if codebook not in self.manifest.codebooks:
+            have = ", ".join(self.manifest.codebooks) or "none"
+            raise DatasetError(
+                f"{self.root}: no semantic IDs {codebook!r}; it has {have}: run `ranker sids apply CODEBOOK`"
+            )
+        info = self.manifest.codebooks[codebook]
+        path = self.root / f"{info.file}.safetensors"
+        try:
+            tensors = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise DatasetError(f"{path}: unreadable ({error}); run `ranker sids apply` again") from error
+        return [tensors[f"level_{level}"] for level in range(1, len(info.levels) + 1)]
 
     def histories(self, partition: int) -> pa.RecordBatch:
         """One row per user: ``user`` int32 (dense index), ``item`` list<int32>, ``time`` list<int64> (ms),

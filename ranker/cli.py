@@ -18,6 +18,7 @@ from rich.table import Table
 
 from features.errors import UserError
 from features.schema import Split
+from ranker import cli_sids
 from ranker.doctor import ensure_healthy, ensure_versions
 from ranker.doctor_probe import probe_apart
 
@@ -33,6 +34,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(cli_sids.app, name="sids")
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; `ranker schema` lists its keys")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="folder made by `ranker train`")]
@@ -121,7 +123,7 @@ def compare(runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="e
 
 @app.command()
 def schema(
-    name: Annotated[Literal["prepare", "train"], typer.Argument(help="which config")],
+    name: Annotated[Literal["prepare", "sids", "train"], typer.Argument(help="which config")],
     json: Annotated[bool, typer.Option("--json", help="as JSON schema, for editors")] = False,
 ) -> None:
     """Print every key of a config: its type, default, and what it means."""
@@ -136,11 +138,15 @@ def schema(
         typer.echo(describe(model))
 
 
-def _config_model(name: Literal["prepare", "train"]) -> type[BaseModel]:
+def _config_model(name: Literal["prepare", "sids", "train"]) -> type[BaseModel]:
     if name == "prepare":
         from features.schema import PrepareConfig
 
         return PrepareConfig
+    if name == "sids":
+        from features.semantic_ids.config import SidsConfig
+
+        return SidsConfig
     from ranker.config import TrainConfig
 
     return TrainConfig

@@ -25,7 +25,7 @@ from ranker.model import Plain, Ranker
 from ranker.predict import scoring_loader, selection_of
 from ranker.progress import log
 from ranker.ranks import join_ranks
-from ranker.run import Run, refuse_existing, versions, write_json
+from ranker.run import Run, codebooks_of, refuse_existing, versions, write_json
 from ranker.towers import esmm_probabilities
 
 TOLERANCE = 1e-5
@@ -213,6 +213,7 @@ def _write_manifest(
             "table_sizes": {f.name: f.size for f in (*spec.request, *spec.candidate, *spec.sequence, *spec.event)},
             "history_length": run.config.history_length,
             "dataset": {"name": dataset.manifest.name, "content_hash": dataset.manifest.content_hash},
+            "codebooks": codebooks_of(run.config, dataset),
             "vocabulary_hash": dataset.vocabulary_hash(),
             "checkpoint": run.best().name,
             "parity": {"requests": requests, "greatest_difference": difference},

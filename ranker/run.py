@@ -3,7 +3,7 @@
 Layout::
 
     config.yaml      the resolved config
-    run.json         dataset hash, versions, git commit, command, ranks
+    run.json         dataset hash, codebooks of semantic IDs, versions, git commit, command, ranks
     moments.json     mean and deviation of each dense feature
     checkpoints/     step-00000100/ …; the position.json of each names the best so far by the monitored metric
     tensorboard/     scalars
@@ -87,6 +87,17 @@ def _leaves(value: object, path: str = "") -> dict[str, object]:
     return {key: leaf for leaves in below for key, leaf in leaves.items()}
 
 
+def codebooks_of(config: TrainConfig, dataset: Dataset) -> dict[str, dict[str, str]]:
+    """Version and content hash of each codebook whose codes the features read, by name."""
+    features = config.features
+    used = dataset.manifest.codebooks_behind([*features.candidate, *features.sequence, *features.dense])
+    return {name: {"version": info.version, "content_hash": info.content_hash} for name, info in used.items()}
+
+
+def _version(codebook: dict[str, str]) -> str:
+    return f"{codebook['version']} ({codebook['content_hash'][:12]}…)"
+
+
 class Run:
     """An existing run folder.
 
@@ -114,6 +125,7 @@ class Run:
         write_json(root / "moments.json", moments)
         info = {
             "dataset": {"name": dataset.manifest.name, "content_hash": dataset.manifest.content_hash},
+            "codebooks": codebooks_of(config, dataset),
             "seed": config.seed,
             "ranks": world,
             "git_commit": git_commit(),
@@ -146,7 +158,7 @@ class Run:
         """The run's dataset.
 
         Raises:
-            RunError: the folder now holds another content.
+            RunError: the folder now holds another content, or semantic IDs of another codebook.
         """
         dataset = Dataset(self.config.dataset)
         trained_on = self.info["dataset"]
@@ -157,6 +169,15 @@ class Run:
                 f"trained on {trained_on['content_hash'][:12]}… ({trained_on['name']}); prepare that one again or "
                 "train a new run"
             )
+        now = codebooks_of(self.config, dataset)
+        for name, trained_with in cast("dict[str, dict[str, str]]", self.info.get("codebooks", {})).items():
+            if name not in now or now[name]["content_hash"] != trained_with["content_hash"]:
+                has = f"has version {_version(now[name])}" if name in now else "has none"
+                raise RunError(
+                    f"{self.config.dataset}: semantic IDs {name!r}: {self.root} was trained with version "
+                    f"{_version(trained_with)}, the dataset {has}; apply that codebook again (`ranker sids apply`), or "
+                    "train a new run"
+                )
         return dataset
 
     def moments(self) -> Moments:

@@ -152,13 +152,13 @@ class SidsConfig(Strict):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> SidsConfig:
-        if isinstance(self.quantizer, RqVaeConfig) and self.quantizer.letter.collaborative > 0:
-            if not any(isinstance(part, BehaviourPart) for part in self.content):
-                raise ValueError("quantizer.letter.collaborative: needs a part of type behaviour in content")
-        if isinstance(self.quantizer, KMeansFsqConfig) and (steps := self.quantizer.fsq_levels) is not None:
-            if math.prod(steps) != self.levels[-1]:
-                raise ValueError(
-                    f"quantizer.fsq_levels: {steps} makes {math.prod(steps)} codes, the last level has "
-                    f"{self.levels[-1]}"
-                )
+        quantizer = self.quantizer
+        contrast = isinstance(quantizer, RqVaeConfig) and quantizer.letter.collaborative > 0
+        if contrast and not any(isinstance(part, BehaviourPart) for part in self.content):
+            raise ValueError("quantizer.letter.collaborative: needs a part of type behaviour in content")
+        steps = quantizer.fsq_levels if isinstance(quantizer, KMeansFsqConfig) else None
+        if steps is not None and math.prod(steps) != self.levels[-1]:
+            raise ValueError(
+                f"quantizer.fsq_levels: {steps} makes {math.prod(steps)} codes, the last level has {self.levels[-1]}"
+            )
         return self

@@ -1,0 +1,155 @@
+"""``ranker sids apply``: a codebook's codes become columns of a dataset's item table.
+
+For codes named ``sid``: ``item.sid_1`` … ``item.sid_M`` (code + 1; 0: no content), ``item.sid_path`` (bag of prefixes)
+and ``item.sid_vector`` (the content vector in the codewords' space, zeros without content). They live in files beside
+the item table; the manifest, replaced last and at once, names them. Until then the dataset is what it was.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from safetensors.numpy import save_file
+
+from features.dataset import MANIFEST, CodebookInfo, ColumnInfo, Dataset, Manifest, write_arrow
+from features.semantic_ids.codebook import Codebook
+from features.semantic_ids.coding import code_items
+from features.semantic_ids.errors import SidsError
+from features.semantic_ids.prefixes import Prefixes
+from features.views import Partition
+
+FOLDER = "semantic_ids"
+
+
+def apply(codebook: Codebook, dataset: Dataset, log: Callable[[str], None]) -> CodebookInfo:
+    """Code every item; codes of the same name are replaced.
+
+    Raises:
+        SidsError: the dataset lacks what the content is made of, has other columns of these names, or is being changed.
+    """
+    name = codebook.config.name
+    with _alone(dataset.root):
+        manifest = Dataset(dataset.root).manifest  # as it is now that no other changes it
+        columns = _columns(codebook)
+        own = manifest.columns["item"]
+        for column in columns:
+            if column in own and own[column].codebook != name:
+                raise SidsError(
+                    f"{dataset.root}: has a column item.{column} already, not of these semantic IDs; choose another "
+                    f"`name` than {name!r} in the codebook's config"
+                )
+        file = f"{FOLDER}/{name}-{codebook.content_hash[:12]}"
+        aside = dataset.root / FOLDER / f".{name}.partial-{os.getpid()}"
+        aside.mkdir(parents=True)
+        try:
+            coded = _write_codes(codebook, dataset, aside / "codes.arrow", log)
+            words = codebook.codewords()
+            save_file({f"level_{i}": w for i, w in enumerate(words, 1)}, aside / "codewords.safetensors")
+            info = CodebookInfo(
+                version=codebook.version,
+                content_hash=codebook.content_hash,
+                levels=codebook.config.levels,
+                dim=words[0].shape[1],
+                file=file,
+                without_code=_without_code(dataset, coded),
+            )
+            os.replace(aside / "codes.arrow", dataset.root / f"{file}.arrow")
+            os.replace(aside / "codewords.safetensors", dataset.root / f"{file}.safetensors")
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        kept = {n: c for n, c in own.items() if c.codebook != name}
+        _replace_manifest(
+            dataset.root,
+            manifest.model_copy(
+                update={
+                    "columns": manifest.columns | {"item": kept | columns},
+                    "codebooks": manifest.codebooks | {name: info},
+                }
+            ),
+        )
+        before = manifest.codebooks.get(name)
+        if before is not None and before.file != file:
+            for suffix in (".arrow", ".safetensors"):
+                (dataset.root / f"{before.file}{suffix}").unlink(missing_ok=True)
+    return info
+
+
+def _columns(codebook: Codebook) -> dict[str, ColumnInfo]:
+    """What the manifest says of the new columns."""
+    config = codebook.config
+    levels = {
+        f"{config.name}_{level}": ColumnInfo(kind="categorical", size=codes + 1, codebook=config.name)
+        for level, codes in enumerate(config.levels, 1)
+    }
+    path = ColumnInfo(kind="bag", size=Prefixes(config.levels, config.path_buckets).size, codebook=config.name)
+    vector = ColumnInfo(kind="vector", dim=codebook.codewords()[0].shape[1], codebook=config.name)
+    return {**levels, f"{config.name}_path": path, f"{config.name}_vector": vector}
+
+
+def _write_codes(codebook: Codebook, dataset: Dataset, path: Path, log: Callable[[str], None]) -> npt.NDArray[np.bool_]:
+    """The new columns as one Arrow file; vectors go to disk as they come. Which items have a code, `[items]`."""
+    config, items = codebook.config, dataset.manifest.items
+    prefixes = Prefixes(config.levels, config.path_buckets)
+    codes = np.zeros((items, len(config.levels)), np.int32)
+    paths = np.zeros((items, len(config.levels)), np.int32)
+    vectors_path = path.with_name("vectors.npy")
+    dim = codebook.codewords()[0].shape[1]
+    vectors = np.lib.format.open_memmap(vectors_path, "w+", np.float32, (items, dim))
+    for coded in code_items(codebook, dataset):
+        codes[coded.rows] = coded.codes + 1
+        paths[coded.rows] = prefixes.rows(coded.codes)
+        vectors[coded.rows] = coded.space
+        log(f"coded {coded.last:,} of {items:,} items")
+    has_code = codes[:, 0] > 0
+    offsets = np.concatenate([[0], (has_code * len(config.levels)).cumsum()]).astype(np.int32)
+    name = f"item.{config.name}"
+    table = {f"{name}_{level}": pa.array(codes[:, level - 1]) for level in range(1, len(config.levels) + 1)}
+    table[f"{name}_path"] = pa.ListArray.from_arrays(pa.array(offsets), pa.array(paths[has_code].ravel()))
+    table[f"{name}_vector"] = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), dim)
+    write_arrow(pa.table(table), path)
+    del table, vectors
+    vectors_path.unlink()
+    return has_code
+
+
+def _without_code(dataset: Dataset, has_code: npt.NDArray[np.bool_]) -> dict[str, int]:
+    """Items without a code: in all, and among the distinct candidates of each split."""
+    manifest = dataset.manifest
+    shown = {split: np.zeros(manifest.items, np.bool_) for split in manifest.filled_splits()}
+    for number, info in enumerate(manifest.partitions):
+        candidates = Partition(dataset, number).requests.lists("items")
+        for split, seen in shown.items():
+            first, last = info.requests[split]
+            seen[candidates.values[candidates.offsets[first] : candidates.offsets[last]]] = True
+    counts = {"items": int((~has_code[1:]).sum())}
+    return counts | {split: int((seen & ~has_code)[1:].sum()) for split, seen in shown.items()}
+
+
+def _replace_manifest(root: Path, manifest: Manifest) -> None:
+    aside = root / f".{MANIFEST}.{os.getpid()}"
+    with aside.open("w") as file:
+        file.write(manifest.model_dump_json(indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, root / MANIFEST)
+
+
+@contextmanager
+def _alone(root: Path) -> Generator[None]:
+    """Hold the dataset's lock: one process at a time changes its item table."""
+    folder = os.open(root, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise SidsError(f"{root}: another process is applying semantic IDs to it; wait for it") from error
+    finally:
+        os.close(folder)
