@@ -91,9 +91,21 @@ class RqVaeConfig(Strict):
     commitment: float = Field(default=0.25, ge=0)
     codewords: Literal["ema", "loss"] = Field(default="ema", description="how codewords learn")
     dead_below: float = Field(
-        default=1.0, ge=0, description="a code that a batch, on average, uses less often starts anew; 0: never"
+        default=0.1,
+        ge=0,
+        lt=1,
+        description="a code used less often than this share of an even use starts anew from an item; 0: never",
     )
     letter: LetterConfig = Field(default_factory=LetterConfig)
+
+    @model_validator(mode="after")
+    def _diversity_can_move_codewords(self) -> RqVaeConfig:
+        if self.letter.diversity > 0 and self.codewords != "loss":
+            raise ValueError(
+                f"letter.diversity: {self.letter.diversity:g} moves codewords by gradient, but codewords is "
+                f"{self.codewords!r}; set codewords: loss"
+            )
+        return self
 
 
 class KMeansFsqConfig(Strict):
@@ -102,8 +114,10 @@ class KMeansFsqConfig(Strict):
     type: Literal["kmeans_fsq"] = "kmeans_fsq"
     iterations: int = Field(default=25, ge=1)
     restarts: int = Field(default=1, ge=1)
-    fsq_levels: list[int] | None = Field(
-        default=None, description="steps of each scalar; their product is the last level's codes; default: fours"
+    fsq_levels: list[Annotated[int, Field(ge=2)]] | None = Field(
+        default=None,
+        min_length=1,
+        description="steps of each scalar; their product is the last level's codes; default: fours",
     )
     steps: int = Field(default=1_500, ge=1, description="of learning the projection of the last residual")
     batch: int = Field(default=1_024, ge=8)
