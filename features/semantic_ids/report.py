@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 from rich import box
-from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -498,36 +497,46 @@ def _level_warnings(level: LevelReport, before: float, report: SidsReport) -> It
         )
 
 
-def render(report: SidsReport) -> Group:
-    """The report as tables; in a log, which has no colours, they are plain text."""
-    parts: list[Table | Text] = [_level_table(report), Text(_leaf_line(report.leaves) + "\n")]
+def render(report: SidsReport) -> list[Table | Text]:
+    """The report as lines and tables for a console; in a log, which has no colours, they are plain text."""
+    parts: list[Table | Text] = [
+        _title(
+            f"{report.name}: {report.items:,} items with content, {report.items_without_content:,} without; "
+            f"{report.distinct_vectors:,} different vectors, {report.duplicates:,} items share theirs"
+        ),
+        _level_table(report.levels),
+        Text(_leaf_line(report.leaves)),
+    ]
     if (near := report.neighbours) is not None:
-        among = "all items" if near.items == near.items_in_all else f"a sample of {near.items:,} items"
-        parts.append(_prefix_table(f"{near.neighbours} nearest neighbours, sought among {among}", near.prefixes))
+        among = "all items" if near.items == near.items_in_all else f"{near.items:,} of {near.items_in_all:,} items"
+        parts.append(_title(f"{near.neighbours} nearest neighbours, sought among {among}: same prefix"))
+        parts.append(_prefix_table(near.prefixes))
     for found in report.columns:
-        title = (
-            f"{found.column}: pairs of one prefix and one category; {found.items:,} items, {found.unknown:,} unknown"
-        )
-        parts.append(_prefix_table(title, found.prefixes, found.ami))
-        if found.ami_items < found.items:
-            parts.append(Text(f"AMI on {found.ami_items:,} items drawn from them.\n"))
+        sample = f"; AMI on {found.ami_items:,} of them" if found.ami_items < found.items else ""
+        unknown = f", {found.unknown:,} unknown" if found.unknown else ""
+        parts.append(_title(f"{found.column}: same value within a prefix; {found.items:,} items{unknown}{sample}"))
+        parts.append(_prefix_table(found.prefixes, found.ami))
     if (near := report.cooccurrence) is not None:
-        title = f"Training events at most {near.window} apart: {near.pairs:,} pairs of {near.events:,} events"
-        if near.events_without_code:
-            title += f", {near.events_without_code:,} left out ({near.items_without_code:,} items without code)"
-        parts.append(_prefix_table(title, near.prefixes))
+        left_out = f"; left out: {near.events_without_code:,} events of {near.items_without_code:,} items without code"
+        parts.append(
+            _title(
+                f"training events at most {near.window} apart: same prefix; {near.pairs:,} pairs, {near.events:,} events"
+                + (left_out if near.events_without_code else "")
+            )
+        )
+        parts.append(_prefix_table(near.prefixes))
     parts += [Text(f"Warning: {text}", style="yellow") for text in report.warnings]
-    return Group(*parts)
+    return parts
 
 
-def _level_table(report: SidsReport) -> Table:
-    table = _table(
-        f"{report.name}: {report.items:,} items with content, {report.items_without_content:,} without; "
-        f"{report.distinct_vectors:,} different vectors, {report.duplicates:,} items share theirs"
-    )
-    for column in ("level", "codes", "used", "dead", "perplexity", "largest", "error"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for level in report.levels:
+def _title(text: str) -> Text:
+    """Above a table, not its own title, which would be broken to the table's width."""
+    return Text("\n" + text, style="bold")
+
+
+def _level_table(levels: list[LevelReport]) -> Table:
+    table = _table(["level", "codes", "used", "dead", "perplexity", "largest", "error"])
+    for level in levels:
         table.add_row(
             str(level.level),
             f"{level.codes:,}",
@@ -542,16 +551,14 @@ def _level_table(report: SidsReport) -> Table:
 
 def _leaf_line(leaves: LeafReport) -> str:
     return (
+        "largest: share of items with the commonest code; error: share of the variance left after this level\n"
         f"{leaves.leaves:,} leaves; items per leaf: median {leaves.median:g}, p99 {leaves.p99:,}, max {leaves.max:,}; "
-        f"{leaves.unique:.1%} of the items are alone in theirs.\n"
-        "error: of the content vectors' variance, after this level; largest: share of items with the commonest code."
+        f"{leaves.unique:.1%} of the items are alone in theirs"
     )
 
 
-def _prefix_table(title: str, prefixes: list[PrefixAgreement], ami: list[float] | None = None) -> Table:
-    table = _table(title)
-    for column in ("prefix", "share", "by chance", "lift", *(["AMI"] if ami is not None else [])):
-        table.add_column(column, justify="right", no_wrap=True)
+def _prefix_table(prefixes: list[PrefixAgreement], ami: list[float] | None = None) -> Table:
+    table = _table(["prefix", "share", "by chance", "lift", *(["AMI"] if ami is not None else [])])
     for row, prefix in enumerate(prefixes):
         lift = _UNDEFINED if prefix.lift is None else f"{prefix.lift:,.2f}"
         cells = [str(prefix.length), _cell(prefix.share), _cell(prefix.chance), lift]
@@ -559,9 +566,14 @@ def _prefix_table(title: str, prefixes: list[PrefixAgreement], ami: list[float] 
     return table
 
 
-def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
+def _table(columns: list[str]) -> Table:
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
 
 
 def _cell(value: float | None) -> str:
-    return _UNDEFINED if value is None else f"{value:.4f}"
+    if value is None:
+        return _UNDEFINED
+    return f"{value:.4f}" if value == 0 or abs(value) >= 0.001 else f"{value:.1e}"
