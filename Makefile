@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 EXTRA ?= cpu
 WORKERS ?= 2
 INSTALLED := $(VENV)/.installed-$(EXTRA)
-DEMO_MODELS := mean din target_attention
+DEMO_MODELS := mean din target_attention target_attention_sids
 
 .PHONY: venv check test demo clean
 
@@ -43,11 +43,13 @@ demo: venv
 	rm -rf demo
 	$(BIN)/ranker doctor
 	$(BIN)/ranker prepare configs/synthetic/data.yaml --out demo/dataset
+	$(BIN)/ranker sids fit configs/synthetic/sids.yaml --dataset demo/dataset --out demo/codebook
+	$(BIN)/ranker sids apply demo/codebook --dataset demo/dataset
 	set -e; for model in $(DEMO_MODELS); do \
 		$(BIN)/ranker train configs/synthetic/$$model.yaml --set dataset=demo/dataset --out demo/$$model; \
 		$(BIN)/ranker evaluate demo/$$model --split test; \
 	done
-	$(BIN)/ranker export demo/target_attention --out demo/export
+	$(BIN)/ranker export demo/target_attention_sids --out demo/export
 	$(BIN)/ranker compare $(addprefix demo/,$(DEMO_MODELS))
 
 clean:

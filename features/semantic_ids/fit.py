@@ -20,7 +20,7 @@ from features.semantic_ids.coding import code_items
 from features.semantic_ids.config import RqVaeConfig, SidsConfig
 from features.semantic_ids.content import Content
 from features.semantic_ids.errors import SidsError
-from features.semantic_ids.judge import judge
+from features.semantic_ids.judge import check_columns, judge
 from features.semantic_ids.quantizers.protocol import Floats
 from features.semantic_ids.report import SidsReport
 from features.views import Ints
@@ -35,6 +35,7 @@ def fit(config: SidsConfig, dataset: Dataset, out: Path, log: Callable[[str], No
         SidsError: the dataset lacks what the content is made of, or has too few items with content for the codes.
         UserError: `out` exists or cannot be written.
     """
+    check_columns(config.report, dataset)
     with staging(out) as (folder, _):
         log(f"content of {dataset.manifest.items - 1:,} items")
         content = Content.fit(config.content, dataset, config.seed, log)

@@ -1,0 +1,125 @@
+"""Judge a codebook on all items of a dataset: one pass over them, then the figures, pictures and projector files."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from pydantic import ValidationError
+
+from features.dataset import Dataset
+from features.semantic_ids.codebook import Codebook
+from features.semantic_ids.coding import Coded
+from features.semantic_ids.config import SidsReportConfig
+from features.semantic_ids.errors import SidsError
+from features.semantic_ids.plots import plot_leaves, plot_projection, plot_usage
+from features.semantic_ids.projector import write_projector
+from features.semantic_ids.quantizers.protocol import Floats
+from features.semantic_ids.report import (
+    CodebookMeter,
+    SidsReport,
+    column_agreement,
+    cooccurrence,
+    make_report,
+    neighbour_agreement,
+    partial_reconstructions,
+)
+from features.semantic_ids.training_events import training_histories
+from features.views import Ints
+
+REPORT = "report.json"
+
+
+def check_columns(config: SidsReportConfig, dataset: Dataset) -> None:
+    """Refuse, before any work, columns that codes cannot be held against.
+
+    Raises:
+        SidsError: a column that the dataset does not have, or that is not categorical.
+    """
+    columns = dataset.manifest.columns["item"]
+    usable = sorted(f"item.{name}" for name, column in columns.items() if column.kind == "categorical")
+    for i, name in enumerate(config.columns):
+        if name not in usable:
+            near = difflib.get_close_matches(name, usable, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise SidsError(
+                f"report.columns[{i}]: {name!r} is no categorical item column of {dataset.root}{hint} It has: "
+                f"{', '.join(usable) or 'none'}"
+            )
+
+
+def judge(
+    codebook: Codebook, dataset: Dataset, coded: Iterator[Coded], folder: Path, log: Callable[[str], None]
+) -> SidsReport:
+    """Write ``report.json``, plots and projector files into the codebook's folder; the report."""
+    config, items = codebook.config.report, dataset.manifest.items
+    meter = CodebookMeter(codebook.config.levels)
+    codes = np.full((items, len(codebook.config.levels)), -1, np.int32)  # of all items, without content -1
+    sample = _Sample(np.random.default_rng(codebook.config.seed).random(items), config.sample)
+    for some in coded:
+        codes[some.rows] = some.codes
+        meter.update(some.codes, some.vectors, partial_reconstructions(codebook.quantizer, some.codes))
+        sample.add(some.rows, some.vectors)
+        log(f"judged {some.last:,} of {items:,} items")
+    table = dataset.items()
+    categories = {name: table.column(name).to_numpy(zero_copy_only=False) for name in config.columns}
+    found = codes[:, 0] >= 0
+    report = make_report(
+        codebook.config.name,
+        meter,
+        items_without_content=items - 1 - meter.items,
+        neighbours=neighbour_agreement(codes[sample.rows], sample.vectors, config.neighbours, meter.items),
+        columns=[
+            column_agreement(name, codes[found], values[found], codebook.config.seed)
+            for name, values in categories.items()
+        ],
+        cooccurrence=cooccurrence(training_histories(dataset, config.events), codes, config.window)
+        if config.events
+        else None,
+    )
+    (folder / REPORT).write_text(report.model_dump_json(indent=2) + "\n")
+    plots = folder / "report"
+    plots.mkdir()
+    plot_usage(meter.counts(), plots / "usage.png")
+    plot_leaves(meter.leaf_sizes(), plots / "leaves.png")
+    plot_projection(sample.vectors, codes[sample.rows], plots / "projection.png")
+    ids = table.column("id").take(pa.array(sample.rows)).to_numpy(zero_copy_only=False)
+    shown = {name: values[sample.rows] for name, values in categories.items()}
+    write_projector(folder / "projector", sample.vectors, ids, codes[sample.rows], shown)
+    return report
+
+
+def read_report(folder: Path) -> SidsReport:
+    """The report of a codebook.
+
+    Raises:
+        SidsError: there is none, or it is of another version.
+    """
+    path = folder / REPORT
+    try:
+        return SidsReport.model_validate_json(path.read_text())
+    except (OSError, ValidationError) as error:
+        raise SidsError(f"{path}: unreadable ({error}); fit the codebook again") from error
+
+
+class _Sample:
+    """The items of lowest priority that came by, at most `most`: a fair sample of those with content.
+
+    Args:
+        priority: `[items]`, random.
+    """
+
+    def __init__(self, priority: Floats, most: int) -> None:
+        self._priority, self._most = priority, most
+        self.rows: Ints = np.zeros(0, np.int64)
+        self.vectors: Floats = np.zeros((0, 0), np.float32)
+
+    def add(self, rows: Ints, vectors: Floats) -> None:
+        """Take in more items."""
+        rows = np.concatenate([self.rows, rows])
+        vectors = np.concatenate([self.vectors, vectors]) if self.vectors.size else vectors
+        kept = np.sort(np.argsort(self._priority[rows], kind="stable")[: self._most])
+        self.rows, self.vectors = rows[kept], vectors[kept]
