@@ -57,7 +57,7 @@ class Behaviour:
         found = (index >= 0).nonzero()[0]
         columns = np.full(dataset.manifest.items, -1, np.int32)
         columns[index[found]] = found
-        rows = _rows(item_counts(dataset, self.config.events), self.config.min_count)
+        rows = matrix_rows(item_counts(dataset, self.config.events), self.config.min_count)
         counted = pair_counts(dataset, self.config.events, self.config.window, rows, columns, len(index))
         matrix = ppmi(counted, self.smoothed, self.config.shift)
 
@@ -80,7 +80,7 @@ def fit(config: BehaviourPart, dataset: Dataset, seed: int, log: Log) -> Behavio
         SidsError: no two items occur together, or none more often than chance.
     """
     counts = item_counts(dataset, config.events)
-    rows = _rows(counts, config.min_count)
+    rows = matrix_rows(counts, config.min_count)
     order = np.argsort(-counts, kind="stable")
     chosen = order[rows[order] >= 0][: config.contexts]
     columns = np.full(len(counts), -1, np.int32)
@@ -124,7 +124,7 @@ def ppmi(counts: sp.csr_matrix, smoothed: npt.NDArray[np.float64], shift: float)
     return matrix
 
 
-def _rows(counts: Ints, min_count: int) -> Places:
+def matrix_rows(counts: Ints, min_count: int) -> Places:
     """A row of the matrix for each item with enough events, -1 for the rest; item 0 stands for no item."""
     enough = counts >= min_count
     enough[0] = False

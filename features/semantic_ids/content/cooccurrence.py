@@ -45,7 +45,7 @@ def pair_counts(
     """
     total = sp.csr_matrix((int(rows.max()) + 1, contexts), dtype=np.int32)
     for histories in training_histories(dataset, events):
-        for one, other in _near(histories, window):
+        for one, other in near(histories, window):
             row, column = rows[one], columns[other]
             counted = (row >= 0) & (column >= 0) & (one != other)
             ones = np.ones(int(counted.sum()), np.int32)
@@ -53,7 +53,7 @@ def pair_counts(
     return sp.csr_matrix(total)
 
 
-def _near(histories: Lists, window: int) -> Iterator[tuple[Ints, Ints]]:
+def near(histories: Lists, window: int) -> Iterator[tuple[Ints, Ints]]:
     """Both orders of all pairs of items at most `window` events apart in one history, at most PAIRS at a time."""
     items = histories.values
     history = np.repeat(np.arange(len(histories.offsets) - 1), np.diff(histories.offsets))
