@@ -163,8 +163,9 @@ def _sample(terms: Terms, items: int, seed: int) -> sp.csr_matrix:
 
 def _weighted(counts: sp.csr_matrix, idf: Floats) -> sp.csr_matrix:
     """TF-IDF of counts `[n, V]`, rows of length 1."""
-    weights = (1 + np.log(counts.data)) * idf[counts.indices]
+    weights = (1 + np.log(counts.data, dtype=np.float64)) * idf[counts.indices]
     weighted = sp.csr_matrix((weights, counts.indices, counts.indptr), shape=counts.shape)
+    weighted.sort_indices()  # sums of a row must not depend on the rows read with it
     squares = np.asarray(weighted.multiply(weighted).sum(axis=1)).reshape(-1)
     weighted.data /= np.repeat(np.sqrt(squares), np.diff(weighted.indptr))
-    return weighted
+    return weighted.astype(np.float32)
