@@ -91,7 +91,7 @@ class RqVaeConfig(Strict):
     commitment: float = Field(default=0.25, ge=0)
     codewords: Literal["ema", "loss"] = Field(default="ema", description="how codewords learn")
     dead_below: float = Field(
-        default=0.1,
+        default=0.03,
         ge=0,
         lt=1,
         description="a code used less often than this share of an even use starts anew from an item; 0: never",
@@ -137,6 +137,7 @@ class SidsReportConfig(Strict):
     sample: int = Field(default=5_000, ge=10, description="items whose neighbours are sought and that are drawn")
     events: int = Field(default=1_000_000, ge=0, description="training events in which co-occurrence is counted")
     window: int = Field(default=5, ge=1, description="two events of a user occur together at most so many apart")
+    pictures: bool = Field(default=True, description="draw plots, and write files for TensorBoard's projector")
 
 
 class SidsConfig(Strict):

@@ -104,9 +104,11 @@ def default_fsq_levels(codes: int) -> list[int]:
         )
     if twice:
         smallest = min(factors, default=1)
-        if factors:
+        if 2 * smallest <= _LARGEST_STEP and factors:
             factors.remove(smallest)
-        factors.append(2 * smallest)
+            factors.append(2 * smallest)
+        else:
+            factors.append(2)
     return sorted(factors, reverse=True)
 
 
@@ -165,6 +167,5 @@ def _learn(scalars: Scalars, residuals: Tensor, config: KMeansFsqConfig, log: Lo
         loss.backward()
         optimizer.step()
         if (step + 1) % _LOG_EVERY == 0 or step + 1 == config.steps:
-            log(
-                f"scalars, step {step + 1:,} of {config.steps:,}: {float(loss.detach()):.1%} of the residual's variance left"
-            )
+            left = float(loss.detach())
+            log(f"scalars, step {step + 1:,} of {config.steps:,}: {left:.1%} of the residual's variance left")

@@ -179,7 +179,7 @@ class _Training:
 
     def progress(self) -> str:
         """The loss and its terms in the last batch, and the share of codes used lately."""
-        terms = ", ".join(f"{name} {float(term):.4f}" for name, term in self.terms.items())
+        terms = ", ".join(f"{name} {float(term.detach()):.4f}" for name, term in self.terms.items())
         used = [
             float((c.cluster_size > 0.01 * self.config.batch / c.codebook_size).float().mean())
             for c in _codebooks(self.quantizer)
