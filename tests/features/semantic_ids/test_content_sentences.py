@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -40,12 +39,11 @@ class LetterModel:
 
 
 @pytest.fixture
-def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def library(monkeypatch: pytest.MonkeyPatch) -> None:
     if INSTALLED:
         pytest.skip("sentence-transformers is installed: no module stands in for it")
     stand_in: Any = SimpleNamespace(SentenceTransformer=LetterModel)
     monkeypatch.setitem(sys.modules, "sentence_transformers", stand_in)
-    yield
 
 
 @pytest.fixture(scope="module")
