@@ -20,6 +20,9 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 from features.semantic_ids.quantizers.protocol import Codes, Floats
 from features.views import Ints
 
+Points = npt.NDArray[np.float64]
+Colour = tuple[float, ...]
+
 COLOURED = 12
 """first codes that have a colour in the projection: more cannot be told apart"""
 _BLUE, _GREY, _RED = "#3b6fb5", "#c9c9c9", "#c44e52"
@@ -60,7 +63,7 @@ def _usage_panel(axes: Axes, level: int, counts: Ints) -> None:
 
 
 def plot_projection(vectors: Floats, codes: Codes, path: Path) -> None:
-    """Items in the plane of most variance; the most frequent first codes in colour, at their items' median.
+    """Items in the plane of most variance; the most frequent first codes in colour, with their numbers.
 
     Args:
         vectors: content of a sample of items, `[s, d]`.
@@ -78,8 +81,8 @@ def plot_projection(vectors: Floats, codes: Codes, path: Path) -> None:
     colours = _colours()
     for code, colour in zip(frequent, colours, strict=False):
         axes.scatter(*points[first == code].T, s=1.6 * size, color=colour, alpha=0.75, linewidths=0)
-    _label_codes(axes, points, first, np.setdiff1d(found, frequent)[: 4 * COLOURED], ["#7a7a7a"] * len(found), 7)
-    _label_codes(axes, points, first, frequent, colours, 12)
+    centres = {int(code): _middle(points[first == code]) for code in found[np.argsort(-counts, kind="stable")]}
+    _label(axes, centres, dict(zip(frequent.tolist(), colours, strict=False)))
     axes.set_title(
         f"{len(points):,} items by first code: the {len(frequent)} most frequent of {found.size:,} in colour", pad=10
     )
@@ -90,24 +93,47 @@ def plot_projection(vectors: Floats, codes: Codes, path: Path) -> None:
     _save(figure, path)
 
 
-def _label_codes(
-    axes: Axes,
-    points: npt.NDArray[np.float64],
-    first: npt.NDArray[Any],
-    codes: Codes,
-    colours: Sequence[Any],
-    size: int,
-) -> None:
-    for code, colour in zip(codes, colours, strict=False):
-        x, y = np.median(points[first == code], axis=0)
-        dark = tuple(0.7 * part for part in colour[:3]) if isinstance(colour, tuple) else colour
-        text = axes.text(x, y, str(code), color=dark, fontsize=size, ha="center", va="center", clip_on=True)
+def _middle(points: Points) -> Points:
+    """The one of the points `[n, 2]` that is nearest to their medians: unlike these it lies among them."""
+    return points[np.abs(points - np.median(points, axis=0)).sum(1).argmin()]
+
+
+def _label(axes: Axes, centres: dict[int, Points], colours: dict[int, Colour]) -> None:
+    """Write each code at its centre, those with a colour large; where another number stands already, the coloured are
+    moved aside, with a line to where they belong, and the others left out. The most frequent codes come first."""
+    axes.autoscale(False)
+    scale = np.array([np.ptp(axes.get_xlim()), np.ptp(axes.get_ylim())])
+    placed = list[Points]()
+    for code, centre in centres.items():
+        colour = colours.get(code)
+        shift = next((s for s in _SHIFTS if _free(centre / scale + s, placed)), None if colour is None else _SHIFTS[0])
+        if shift is None or (colour is None and shift.any()):
+            continue
+        placed.append(centre / scale + shift)
+        at = centre + shift * scale
+        if shift.any():
+            axes.plot([centre[0], at[0]], [centre[1], at[1]], color="#444444", linewidth=0.6)
+        dark = "#7a7a7a" if colour is None else tuple(0.7 * part for part in colour[:3])
+        size, weight = (7, "normal") if colour is None else (12, "bold")
+        text = axes.text(
+            at[0], at[1], str(code), color=dark, size=size, weight=weight, ha="center", va="center", clip_on=True
+        )
         text.set_path_effects(_HALO)
-        if size > 10:
-            text.set_fontweight("bold")
 
 
-def _colours() -> list[tuple[float, ...]]:
+_SHIFTS = [np.zeros(2)] + [
+    radius * np.array([np.cos(angle), np.sin(angle)])
+    for radius in (0.05, 0.08, 0.12)
+    for angle in np.linspace(0, 2 * np.pi, 12, endpoint=False)
+]
+"""where a number may stand, from its centre, in widths and heights of the picture; the nearest first"""
+
+
+def _free(place: Points, taken: list[Points]) -> bool:
+    return all(abs(place[0] - x) > 0.04 or abs(place[1] - y) > 0.03 for x, y in taken)
+
+
+def _colours() -> list[Colour]:
     """`COLOURED` colours that differ from one another and from grey."""
     from matplotlib import colormaps
 
@@ -116,7 +142,7 @@ def _colours() -> list[tuple[float, ...]]:
     return [*strong, (0.0, 0.45, 0.35, 1.0), (0.35, 0.0, 0.65, 1.0), (0.95, 0.75, 0.0, 1.0)]
 
 
-def principal_plane(vectors: Floats) -> tuple[npt.NDArray[np.float64], tuple[float, float]]:
+def principal_plane(vectors: Floats) -> tuple[Points, tuple[float, float]]:
     """Coordinates `[s, 2]` along the two directions of most variance, and the share that each explains.
 
     The same vectors give the same picture: the largest entry of a direction is made positive.
@@ -143,8 +169,9 @@ def plot_leaves(sizes: Ints, path: Path) -> None:
     edges = _size_edges(int(sizes.max(initial=1)))
     heights, _ = np.histogram(sizes, edges)
     many.stairs(heights, edges, fill=True, color=_BLUE)
-    many.set_yscale("log")
-    many.set_ylim(bottom=0.7)
+    if sizes.size:
+        many.set_yscale("log")
+        many.set_ylim(bottom=0.7)
     many.set_title(f"{sizes.size:,} leaves")
     many.set_ylabel("leaves")
     values, leaves = np.unique(sizes, return_counts=True)

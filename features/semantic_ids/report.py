@@ -517,13 +517,12 @@ def render(report: SidsReport) -> list[Table | Text]:
         parts.append(_title(f"{found.column}: same value within a prefix; {found.items:,} items{unknown}{sample}"))
         parts.append(_prefix_table(found.prefixes, found.ami))
     if (near := report.cooccurrence) is not None:
-        left_out = f"; left out: {near.events_without_code:,} events of {near.items_without_code:,} items without code"
-        parts.append(
-            _title(
-                f"training events at most {near.window} apart: same prefix; {near.pairs:,} pairs, {near.events:,} events"
-                + (left_out if near.events_without_code else "")
-            )
+        title = (
+            f"events at most {near.window} apart: same prefix; {near.events:,} training events, {near.pairs:,} pairs"
         )
+        if near.events_without_code:
+            title += f", {near.events_without_code:,} events of {near.items_without_code:,} items without code left out"
+        parts.append(_title(title))
         parts.append(_prefix_table(near.prefixes))
     parts += [Text(f"Warning: {text}", style="yellow") for text in report.warnings]
     return parts
