@@ -52,7 +52,7 @@ def test_usage_fills_a_panel_where_codes_are_evenly_used_and_half_of_it_where_ha
 @pytest.mark.parametrize(
     "counts",
     [
-        pytest.param([np.array([3, 1])] * 8, id="eight levels"),
+        pytest.param([np.array([3, 1])] * 5, id="two rows of panels"),
         pytest.param([np.array([0, 0])], id="no items"),
         pytest.param([np.concatenate([[100_000], np.ones(5_000, np.int64), np.zeros(3_000, np.int64)])], id="skewed"),
     ],
@@ -144,5 +144,5 @@ def test_tensorboard_serves_what_was_written(tmp_path: Path):
     (embedding,) = json.loads(get("/info", ""))["embeddings"]
     assert embedding["tensorShape"] == [20, 3]
     name = embedding["tensorName"]
-    assert np.frombuffer(get("/tensors", f"name={name}"), np.float32).tolist() == vectors.ravel().tolist()
+    assert np.frombuffer(get("/tensor", f"name={name}"), np.float32).tolist() == vectors.ravel().tolist()
     assert get("/metadata", f"name={name}").decode().splitlines()[0] == "item\tcode 1\tcode 2\titem.genre"
