@@ -168,4 +168,4 @@ def _weighted(counts: sp.csr_matrix, idf: Floats) -> sp.csr_matrix:
     weighted.sort_indices()  # sums of a row must not depend on the rows read with it
     squares = np.asarray(weighted.multiply(weighted).sum(axis=1)).reshape(-1)
     weighted.data /= np.repeat(np.sqrt(squares), np.diff(weighted.indptr))
-    return weighted.astype(np.float32)
+    return sp.csr_matrix(weighted, dtype=np.float32)
