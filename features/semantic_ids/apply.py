@@ -20,6 +20,7 @@ import pyarrow as pa
 from safetensors.numpy import save_file
 
 from features.dataset import MANIFEST, CodebookInfo, ColumnInfo, Dataset, Manifest, write_arrow
+from features.schema import Split
 from features.semantic_ids.codebook import Codebook
 from features.semantic_ids.coding import code_items
 from features.semantic_ids.errors import SidsError
@@ -123,7 +124,9 @@ def _write_codes(codebook: Codebook, dataset: Dataset, path: Path, log: Callable
 def _without_code(dataset: Dataset, has_code: npt.NDArray[np.bool_]) -> dict[str, int]:
     """Items without a code: in all, and among the distinct candidates of each split."""
     manifest = dataset.manifest
-    shown = {split: np.zeros(manifest.items, np.bool_) for split in manifest.filled_splits()}
+    shown: dict[Split, npt.NDArray[np.bool_]] = {
+        split: np.zeros(manifest.items, np.bool_) for split in manifest.filled_splits()
+    }
     for number, info in enumerate(manifest.partitions):
         candidates = Partition(dataset, number).requests.lists("items")
         for split, seen in shown.items():

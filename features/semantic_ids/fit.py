@@ -69,7 +69,7 @@ def _sample(config: SidsConfig, dataset: Dataset, content: Content) -> tuple[Int
     for first in range(0, len(known), config.chunk):
         some = known[first : first + config.chunk]
         found = read(some)
-        has_content = found.any(axis=1).nonzero()[0][:wanted]
+        has_content = np.flatnonzero(found.any(axis=1))[:wanted]
         rows.append(some[has_content])
         vectors.append(found[has_content])
         wanted -= len(has_content)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 from pydantic import ValidationError
 
@@ -17,7 +19,7 @@ from features.semantic_ids.config import SidsReportConfig
 from features.semantic_ids.errors import SidsError
 from features.semantic_ids.plots import plot_leaves, plot_projection, plot_usage
 from features.semantic_ids.projector import write_projector
-from features.semantic_ids.quantizers.protocol import Floats
+from features.semantic_ids.quantizers.protocol import Codes, Floats
 from features.semantic_ids.report import (
     CodebookMeter,
     SidsReport,
@@ -58,7 +60,7 @@ def judge(
     config, items = codebook.config.report, dataset.manifest.items
     meter = CodebookMeter(codebook.config.levels)
     codes = np.full((items, len(codebook.config.levels)), -1, np.int32)  # of all items, without content -1
-    sample = _Sample(np.random.default_rng(codebook.config.seed).random(items), config.sample)
+    sample = _Sample(np.random.default_rng(codebook.config.seed).random(items, np.float32), config.sample)
     for some in coded:
         codes[some.rows] = some.codes
         meter.update(some.codes, some.vectors, partial_reconstructions(codebook.quantizer, some.codes))
@@ -81,15 +83,28 @@ def judge(
         else None,
     )
     (folder / REPORT).write_text(report.model_dump_json(indent=2) + "\n")
+    if config.pictures:
+        shown = {name: values[sample.rows] for name, values in categories.items()}
+        _draw(meter, sample, codes[sample.rows], table.column("id"), shown, folder)
+    return report
+
+
+def _draw(
+    meter: CodebookMeter,
+    sample: _Sample,
+    codes: Codes,
+    ids: pa.Array,
+    columns: dict[str, npt.NDArray[Any]],
+    folder: Path,
+) -> None:
+    """Plots of all items and of the sample, and the sample for the projector."""
     plots = folder / "report"
     plots.mkdir()
     plot_usage(meter.counts(), plots / "usage.png")
     plot_leaves(meter.leaf_sizes(), plots / "leaves.png")
-    plot_projection(sample.vectors, codes[sample.rows], plots / "projection.png")
-    ids = table.column("id").take(pa.array(sample.rows)).to_numpy(zero_copy_only=False)
-    shown = {name: values[sample.rows] for name, values in categories.items()}
-    write_projector(folder / "projector", sample.vectors, ids, codes[sample.rows], shown)
-    return report
+    plot_projection(sample.vectors, codes, plots / "projection.png")
+    names = ids.take(pa.array(sample.rows)).to_numpy(zero_copy_only=False)
+    write_projector(folder / "projector", sample.vectors, names, codes, columns)
 
 
 def read_report(folder: Path) -> SidsReport:

@@ -41,14 +41,24 @@ def items(ids: Sequence[int], without: Sequence[int] = (), seed: int = 0) -> dic
     return {"item": list(ids), "content": vectors, "group": [f"g{i % GROUPS}" for i in ids]}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _prepared(tmp_path_factory: pytest.TempPathFactory) -> object:
+    """Datasets by what is in them: most tests want the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(f"{__name__}.PREPARED", tmp_path_factory.mktemp("prepared"))
+        yield
+
+
+PREPARED = Path()
+
+
 def shop(folder: Path, ids: Sequence[int] = range(100, 160), without: Sequence[int] = (), seed: int = 0) -> Dataset:
-    """Two users' events over all items, and a request for each."""
-    return dataset(
-        folder,
-        histories({1: list(ids), 2: list(reversed(ids))}),
-        items=items(ids, without, seed),
-        columns=COLUMNS,
-    )
+    """Two users' events over all items, and a request for each; a copy of the test's own."""
+    made = PREPARED / f"{min(ids)}-{max(ids)}-{'-'.join(map(str, without))}-{seed}"
+    if not made.exists():
+        log = histories({1: list(ids), 2: list(reversed(ids))})
+        dataset(made, log, items=items(ids, without, seed), columns=COLUMNS)
+    return Dataset(shutil.copytree(made / "out", folder / "out"))
 
 
 def config(**changes: Any) -> SidsConfig:
@@ -57,7 +67,7 @@ def config(**changes: Any) -> SidsConfig:
         "levels": [GROUPS, 4],
         "threads": 1,
         "version": "first",
-        "report": {"columns": ["item.group"], "events": 1000},
+        "report": {"columns": ["item.group"], "events": 1000, "pictures": False},
     }
     return SidsConfig.model_validate(base | changes)
 
@@ -203,7 +213,7 @@ class TestCodebook:
         assert manifest.versions["faiss-cpu"]
 
     def test_the_report_is_beside_it(self, tmp_path: Path):
-        fitted(shop(tmp_path, without=(100,)), tmp_path / "codebook")
+        fitted(shop(tmp_path, without=(100,)), tmp_path / "codebook", report={"columns": ["item.group"]})
         report = read_report(tmp_path / "codebook")
         assert report.items == 59
         assert report.items_without_content == 1

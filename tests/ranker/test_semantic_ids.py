@@ -1,0 +1,103 @@
+"""A ranker reads semantic IDs like any other column, and is bound to the codebook it was trained with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from features.dataset import Dataset
+from features.semantic_ids.apply import apply
+from features.semantic_ids.codebook import Codebook
+from features.semantic_ids.config import SidsConfig
+from features.semantic_ids.fit import fit
+from ranker.config import TrainConfig
+from ranker.evaluate import evaluate
+from ranker.export import export
+from ranker.run import Run, RunError
+from ranker.trainer import train
+
+ConfigOf = Callable[..., TrainConfig]
+FEATURES = ("features.candidate=[item, item.category, item.sid_path]", "features.sequence=[item, item.sid_1]")
+
+
+def config(**changes: object) -> SidsConfig:
+    """Codes from behaviour: the small logs have nothing else."""
+    base = {
+        "content": [{"type": "behaviour", "dim": 4, "min_count": 1}],
+        "levels": [4, 4],
+        "version": "monday",
+        "report": {"pictures": False},
+    }
+    return SidsConfig.model_validate(base | changes)
+
+
+@pytest.fixture
+def coded(dataset: Path, tmp_path: Path) -> Path:
+    """The small dataset with codes."""
+    copy = shutil.copytree(dataset, tmp_path / "dataset")
+    codebook, _ = fit(config(), Dataset(copy), tmp_path / "codebook", lambda line: None)
+    apply(codebook, Dataset(copy), lambda line: None)
+    return copy
+
+
+def trained_on(coded: Path, config_of: ConfigOf, out: Path, *more: str) -> Path:
+    train(config_of(f"dataset={coded}", *FEATURES, "training.max_steps=6", *more), out)
+    return out
+
+
+def test_trains_measures_and_exports_with_codes(coded: Path, config_of: ConfigOf, tmp_path: Path):
+    run = trained_on(coded, config_of, tmp_path / "run")
+    report = evaluate(run)
+    assert report is not None
+    assert export(run, tmp_path / "export") <= 1e-5
+    recorded = {"sid": {"version": "monday", "content_hash": Dataset(coded).manifest.codebooks["sid"].content_hash}}
+    assert json.loads((run / "run.json").read_text())["codebooks"] == recorded
+    assert json.loads((tmp_path / "export" / "manifest.json").read_text())["codebooks"] == recorded
+
+
+def test_the_tables_have_a_row_for_each_code_and_prefix(
+    coded: Path, config_of: ConfigOf, tmp_path: Path, read_checkpoint
+):
+    run = trained_on(coded, config_of, tmp_path / "run")
+    shapes = {name: tuple(x.shape) for name, x in read_checkpoint(Run(run).best()).items() if torch.is_tensor(x)}
+    rows = {
+        name.split(".")[-2]: shape[0] for name, shape in shapes.items() if name.endswith(".weight") and "sid" in name
+    }
+    assert rows["candidate_item_sid_path"] == 1 + 4 + 16
+    assert rows["sequence_item_sid_1"] == 1 + 4
+
+
+def test_another_codebook_is_refused_by_name(coded: Path, config_of: ConfigOf, tmp_path: Path):
+    run = trained_on(coded, config_of, tmp_path / "run")
+    other, _ = fit(config(seed=1, version="tuesday"), Dataset(coded), tmp_path / "other", lambda line: None)
+    apply(other, Dataset(coded), lambda line: None)
+    with pytest.raises(
+        RunError, match=r"semantic IDs 'sid': .* trained with version monday \(.*\), the dataset has version tuesday"
+    ):
+        evaluate(run)
+    apply(Codebook.open(tmp_path / "codebook"), Dataset(coded), lambda line: None)
+    assert evaluate(run) is not None
+
+
+def test_the_same_codebook_under_another_label_is_the_same(coded: Path, config_of: ConfigOf, tmp_path: Path):
+    run = trained_on(coded, config_of, tmp_path / "run")
+    relabelled, _ = fit(config(version="tuesday"), Dataset(coded), tmp_path / "other", lambda line: None)
+    apply(relabelled, Dataset(coded), lambda line: None)
+    assert Run(run).dataset().manifest.codebooks["sid"].version == "tuesday"
+
+
+def test_a_run_that_reads_no_codes_does_not_mind(coded: Path, config_of: ConfigOf, tmp_path: Path):
+    train(config_of(f"dataset={coded}", "training.max_steps=2"), tmp_path / "run")
+    other, _ = fit(config(seed=1), Dataset(coded), tmp_path / "other", lambda line: None)
+    apply(other, Dataset(coded), lambda line: None)
+    Run(tmp_path / "run").dataset()
+
+
+def test_a_dataset_without_codes_is_refused(dataset: Path, config_of: ConfigOf, tmp_path: Path):
+    with pytest.raises(Exception, match=r"'item.sid_path' is not in the dataset"):
+        trained_on(dataset, config_of, tmp_path / "run")
