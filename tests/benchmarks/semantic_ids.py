@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import faiss
 import numpy as np
@@ -26,7 +27,7 @@ import torch
 
 from features.semantic_ids.config import KMeansFsqConfig, QuantizerConfig, ResidualKMeansConfig, RqVaeConfig
 from features.semantic_ids.quantizers import fit
-from features.semantic_ids.quantizers.protocol import Floats
+from features.semantic_ids.quantizers.protocol import Codes, Floats
 from tests.benchmarks.machine import machine
 
 OURS: dict[str, type[QuantizerConfig]] = {
@@ -35,6 +36,7 @@ OURS: dict[str, type[QuantizerConfig]] = {
     "kmeans_fsq": KMeansFsqConfig,
 }
 FAISS = "faiss"
+Coder = tuple[Callable[[Floats], Any], Callable[[Any], Floats]]
 CENTRES = 5_000
 CHUNK = 65_536  # vectors coded at a time, by all
 
@@ -60,25 +62,25 @@ def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def fit_ours(name: str, options: argparse.Namespace, sample: Floats) -> tuple[Callable[[Floats], Floats], ...]:
+def fit_ours(name: str, options: argparse.Namespace, sample: Floats) -> Coder:
     """Fit one of ours: its coding and its reconstruction from codes."""
     quantizer = fit(OURS[name](), options.levels, sample, 0, options.threads, lambda _: None)
     books = quantizer.codewords()
 
-    def decode(codes: Floats) -> Floats:
+    def decode(codes: Codes) -> Floats:
         return quantizer.decode(np.sum([book[codes[:, level]] for level, book in enumerate(books)], axis=0))
 
     return lambda vectors: quantizer.encode(vectors)[0], decode
 
 
-def fit_faiss(beam: int, options: argparse.Namespace, sample: Floats) -> tuple[Callable[[Floats], Floats], ...]:
+def fit_faiss(beam: int, options: argparse.Namespace, sample: Floats) -> Coder:
     """Fit faiss's: its coding and its reconstruction from codes."""
     bits = [levels.bit_length() - 1 for levels in options.levels]
     assert [1 << count for count in bits] == options.levels, "faiss's levels are powers of two"
-    sizes = faiss.UInt64Vector()
+    sizes: Any = faiss.UInt64Vector()
     for count in bits:
         sizes.push_back(count)
-    quantizer = faiss.ResidualQuantizer(options.dim, sizes)
+    quantizer: Any = faiss.ResidualQuantizer(options.dim, sizes)
     quantizer.max_beam_size = beam
     quantizer.train(sample)
     return quantizer.compute_codes, quantizer.decode
