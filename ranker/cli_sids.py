@@ -61,10 +61,9 @@ def apply(codebook: CodebookPath, dataset: DatasetPath) -> None:
 @app.command()
 def show(codebook: CodebookPath) -> None:
     """Print a codebook's report again."""
-    from features.semantic_ids.judge import read_report
-
     from features.semantic_ids.codebook import read_manifest
     from features.semantic_ids.report import render
+    from features.semantic_ids.report.judge import read_report
 
     manifest = read_manifest(codebook)
     console = Console()

@@ -20,9 +20,9 @@ from features.semantic_ids.coding import code_items
 from features.semantic_ids.config import RqVaeConfig, SidsConfig
 from features.semantic_ids.content import Content
 from features.semantic_ids.errors import SidsError
-from features.semantic_ids.judge import check_columns, judge
 from features.semantic_ids.quantizers.protocol import Floats
 from features.semantic_ids.report import SidsReport
+from features.semantic_ids.report.judge import check_columns, judge
 from features.views import Ints
 
 PACKAGES = ("numpy", "torch", "faiss-cpu", "scikit-learn", "vector-quantize-pytorch")

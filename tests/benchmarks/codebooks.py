@@ -19,8 +19,8 @@ import yaml
 
 from features.config_file import load_config
 from features.semantic_ids.config import SidsConfig
-from features.semantic_ids.judge import read_report
 from features.semantic_ids.report import SidsReport
+from features.semantic_ids.report.judge import read_report
 from tests.benchmarks.machine import machine
 
 QUANTIZERS = ("residual_kmeans", "rqvae", "kmeans_fsq")

@@ -21,8 +21,8 @@ from features.semantic_ids.codebook import Codebook, read_manifest
 from features.semantic_ids.config import SidsConfig
 from features.semantic_ids.errors import SidsError
 from features.semantic_ids.fit import fit
-from features.semantic_ids.judge import read_report
 from features.semantic_ids.prefixes import Prefixes
+from features.semantic_ids.report.judge import read_report
 from tests.features.prepare.logs import START
 from tests.features.semantic_ids.content_logs import HOUR, dataset, histories, silent
 

@@ -16,8 +16,8 @@ from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 from tensorboard.plugins.projector.projector_plugin import ProjectorPlugin
 from werkzeug.test import Client
 
-from features.semantic_ids.plots import plot_leaves, plot_projection, plot_usage, principal_plane
-from features.semantic_ids.projector import write_projector
+from features.semantic_ids.report.plots import plot_leaves, plot_projection, plot_usage, principal_plane
+from features.semantic_ids.report.projector import write_projector
 
 BLUE = (0x3B, 0x6F, 0xB5)
 

@@ -17,8 +17,6 @@ from features.semantic_ids.codebook import Codebook
 from features.semantic_ids.coding import Coded
 from features.semantic_ids.config import SidsReportConfig
 from features.semantic_ids.errors import SidsError
-from features.semantic_ids.plots import plot_leaves, plot_projection, plot_usage
-from features.semantic_ids.projector import write_projector
 from features.semantic_ids.quantizers.protocol import Codes, Floats
 from features.semantic_ids.report import (
     CodebookMeter,
@@ -29,6 +27,8 @@ from features.semantic_ids.report import (
     neighbour_agreement,
     partial_reconstructions,
 )
+from features.semantic_ids.report.plots import plot_leaves, plot_projection, plot_usage
+from features.semantic_ids.report.projector import write_projector
 from features.semantic_ids.training_events import training_histories
 from features.views import Ints
 
