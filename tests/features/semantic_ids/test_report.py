@@ -207,7 +207,7 @@ def test_neighbours_agree_as_often_as_a_loop_over_them_says(seed: int, n: int, k
 def test_neighbours_are_found_block_by_block(monkeypatch: pytest.MonkeyPatch):
     codes, vectors = random_codes(0, 50, [4]), random_vectors(0, 50, 3)
     whole = neighbour_agreement(codes, vectors, 5, 50)
-    monkeypatch.setattr("features.semantic_ids.report._BLOCK", 100)  # 8 rows a block
+    monkeypatch.setattr("features.semantic_ids.report.agreement._BLOCK", 100)  # 8 rows a block
     assert neighbour_agreement(codes, vectors, 5, 50) == whole
 
 
@@ -255,7 +255,7 @@ def test_random_codes_agree_as_chance_does():
 
 
 def test_mutual_information_is_measured_on_a_drawn_sample_of_many_items(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("features.semantic_ids.report.AMI_ITEMS", 50)
+    monkeypatch.setattr("features.semantic_ids.report.agreement.AMI_ITEMS", 50)
     codes = random_codes(0, 200, [3])
     found = column_agreement("item.category", codes, codes[:, 0] + 1, seed=0)
     assert (found.items, found.ami_items) == (200, 50)
@@ -311,7 +311,7 @@ def test_cooccurrence_is_the_same_in_small_blocks(pieces: list[list[list[int]]],
     codes = np.array(TABLE, np.int32)
     whole = cooccurrence(map(lists, pieces), codes, 2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("features.semantic_ids.report._BLOCK", block)
+        patch.setattr("features.semantic_ids.report.agreement._BLOCK", block)
         assert cooccurrence(map(lists, pieces), codes, 2) == whole
 
 
