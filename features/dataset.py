@@ -238,6 +238,15 @@ class Dataset:
             raise DatasetError(f"{path}: unreadable ({error}); run `ranker sids apply` again") from error
         return [tensors[f"level_{level}"] for level in range(1, len(info.levels) + 1)]
 
+    def values_of(self, column: str, ids: npt.NDArray[np.integer]) -> npt.NDArray[np.object_]:
+        """What the ids of a categorical column (``SCOPE.NAME``) stand for; the ids themselves where that is not kept,
+        as of buckets and codes."""
+        path = self.root / "vocabularies" / f"{column}.arrow"
+        if not path.is_file():
+            return ids.astype(object)
+        values = [None, *read_arrow(path).column("value").to_pylist()]
+        return np.array([values[i] for i in ids.tolist()], object)
+
     def histories(self, partition: int) -> pa.RecordBatch:
         """One row per user: ``user`` int32 (dense index), ``item`` list<int32>, ``time`` list<int64> (ms),
         ``event.NAME`` lists, ``user.NAME``."""

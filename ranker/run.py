@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import cast
 
+from features import provenance
 from features.config_file import dump_config, load_config
 from features.dataset import Dataset
 from features.errors import UserError
@@ -44,26 +43,7 @@ class RunError(UserError):
 
 def versions() -> dict[str, str]:
     """Versions of what decides a run's numbers."""
-    found = {"python": sys.version.split()[0]}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def git_commit() -> str | None:
-    """The commit of the code that runs, with ``+changes`` if the work tree differs; none outside a checkout."""
-    here = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    return provenance.versions(PACKAGES)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -128,7 +108,7 @@ class Run:
             "codebooks": codebooks_of(config, dataset),
             "seed": config.seed,
             "ranks": world,
-            "git_commit": git_commit(),
+            "git_commit": provenance.git_commit(),
             "versions": versions(),
             "command": sys.argv,
         }

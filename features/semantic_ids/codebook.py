@@ -52,6 +52,7 @@ class CodebookManifest(BaseModel):
     """dataset's name and content hash"""
     fitted_items: int
     versions: dict[str, str]
+    git_commit: str | None
     config: dict[str, Any]
 
 
@@ -75,7 +76,9 @@ class Codebook:
         """`[K_l, dz]` of each level."""
         return [words.astype(np.float32, copy=False) for words in self.quantizer.codewords()]
 
-    def write(self, folder: Path, fitted_on: Dataset, fitted_items: int, versions: dict[str, str]) -> None:
+    def write(
+        self, folder: Path, fitted_on: Dataset, fitted_items: int, versions: dict[str, str], git_commit: str | None
+    ) -> None:
         """Write all but the report into an existing folder; the manifest last."""
         words = self.codewords()
         save_file({f"level_{i}": np.ascontiguousarray(w) for i, w in enumerate(words, 1)}, folder / CODEWORDS)
@@ -91,6 +94,7 @@ class Codebook:
             fitted_on={"name": fitted_on.manifest.name, "content_hash": fitted_on.manifest.content_hash},
             fitted_items=fitted_items,
             versions=versions,
+            git_commit=git_commit,
             config=self.config.model_dump(mode="json"),
         )
         (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")

@@ -7,11 +7,11 @@ without a new fit.
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
+from features import provenance
 from features.dataset import Dataset
 from features.prepare.publish import staging
 from features.semantic_ids import quantizers
@@ -52,8 +52,7 @@ def fit(config: SidsConfig, dataset: Dataset, out: Path, log: Callable[[str], No
         )
         codebook = Codebook.of(config, content, quantizer)
         report = judge(codebook, dataset, code_items(codebook, dataset), folder, log)
-        versions = {package: version(package) for package in PACKAGES}
-        codebook.write(folder, dataset, len(rows), versions)
+        codebook.write(folder, dataset, len(rows), provenance.versions(PACKAGES), provenance.git_commit())
     return codebook, report
 
 

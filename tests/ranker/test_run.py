@@ -13,10 +13,11 @@ import torch
 
 from features.config_file import load_config
 from features.dataset import Dataset, DatasetError
+from features.provenance import git_commit
 from ranker.config import TrainConfig
 from ranker.evaluate import evaluate
 from ranker.export import export
-from ranker.run import Run, RunError, git_commit, versions
+from ranker.run import Run, RunError, versions
 from ranker.trainer import train
 
 ConfigOf = Callable[..., TrainConfig]

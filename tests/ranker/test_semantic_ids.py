@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -101,3 +104,43 @@ def test_a_run_that_reads_no_codes_does_not_mind(coded: Path, config_of: ConfigO
 def test_a_dataset_without_codes_is_refused(dataset: Path, config_of: ConfigOf, tmp_path: Path):
     with pytest.raises(Exception, match=r"'item.sid_path' is not in the dataset"):
         trained_on(dataset, config_of, tmp_path / "run")
+
+
+def command(*arguments: object) -> tuple[int, str]:
+    """A run of the command line, and what it printed."""
+    result = subprocess.run(
+        [sys.executable, "-m", "ranker.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "COLUMNS": "200"},
+    )
+    return result.returncode, result.stdout + result.stderr
+
+
+def test_the_commands_fit_apply_and_show(dataset: Path, tmp_path: Path):
+    copy = shutil.copytree(dataset, tmp_path / "dataset")
+    path = tmp_path / "sids.yaml"
+    path.write_text("content: [{type: behaviour, dim: 4, min_count: 1}]\nlevels: [4, 4]\nreport: {pictures: false}\n")
+    code, said = command("sids", "fit", path, "--dataset", copy, "--out", tmp_path / "codebook", "--set", "version=mon")
+    assert code == 0, said
+    assert "version mon" in said
+    assert "perplexity" in said
+    code, said = command("sids", "apply", tmp_path / "codebook", "--dataset", copy)
+    assert code == 0, said
+    assert "40 of 40 items coded: item.sid_1, item.sid_2, item.sid_path, item.sid_vector" in said
+    code, said = command("sids", "show", tmp_path / "codebook")
+    assert code == 0, said
+    assert "perplexity" in said
+
+
+def test_what_the_user_can_put_right_is_one_message(dataset: Path, tmp_path: Path):
+    path = tmp_path / "sids.yaml"
+    path.write_text("content: [{type: vector, column: item.contents}]\nlevels: [4, 4]\n")
+    code, said = command("sids", "fit", path, "--dataset", dataset, "--out", tmp_path / "codebook")
+    assert code == 2
+    assert "item.contents" in said
+    assert "Traceback" not in said
+    code, said = command("sids", "apply", tmp_path / "codebook", "--dataset", dataset)
+    assert code == 2
+    assert "not a codebook" in said

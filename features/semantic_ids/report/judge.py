@@ -84,7 +84,7 @@ def judge(
     )
     (folder / REPORT).write_text(report.model_dump_json(indent=2) + "\n")
     if config.pictures:
-        shown = {name: values[sample.rows] for name, values in categories.items()}
+        shown = {name: dataset.values_of(name, values[sample.rows]) for name, values in categories.items()}
         _draw(meter, sample, codes[sample.rows], table.column("id"), shown, folder)
     return report
 
