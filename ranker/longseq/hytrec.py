@@ -18,9 +18,8 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
-from ranker.longseq.hytrec_layers import LocalSoftmax, ShortSoftmax, Tadn, Tokens
+from ranker.longseq.hytrec_layers import LocalSoftmax, ShortSoftmax, Tadn, Tokens, unit
 from ranker.longseq.protocol import History, Probes, Target, compact, latest
 from ranker.ops.attention import window_attention
 from ranker.ops.delta_rule import read_state
@@ -115,7 +114,8 @@ class HyTRec(nn.Module):
         self.key_value = nn.Linear(width, 2 * width, bias=False)
         # of the candidate: a query for each linear layer's state, and one for the short branch
         self.query = nn.Linear(dim, (self.linear_layers + 1) * width, bias=False)
-        self.out = nn.Linear((self.linear_layers + 2) * width, width)
+        self.out = nn.Linear((self.linear_layers + 1) * width, width)
+        self.pooled_out = nn.Linear(width, width, bias=False)  # W_out [reads; pooled], the latter once per request
         predicts = next_item_weight > 0
         self.predict = nn.Linear(width, width) if predicts else None
         self.follow = nn.Linear(dim, width) if predicts else None
@@ -148,11 +148,10 @@ class HyTRec(nn.Module):
         q = self.query(target.x).unflatten(1, [(self.linear_layers + 1) * self.heads, -1])
         of_states, of_short = q.split([self.linear_layers * self.heads, self.heads], 1)
         found = [
-            read_state(normalize(of_states, dim=2), target.offsets, memory.state).flatten(1),
-            memory.pooled[segments_of(target.offsets)],
+            read_state(unit(of_states), target.offsets, memory.state).flatten(1),
             window_attention(of_short, target.offsets, memory.k, memory.v, memory.start, memory.end).flatten(1),
         ]
-        return self.out(torch.cat(found, 1))
+        return self.out(torch.cat(found, 1)) + self.pooled_out(memory.pooled)[segments_of(target.offsets)]
 
     def auxiliary(self, history: History, memory: HybridMemory) -> Tensor:
         """The weighted loss of predicting next events among those of the batch; 0 outside training."""

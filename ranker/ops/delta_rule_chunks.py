@@ -55,7 +55,7 @@ def solve(a: Tensor, x: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(a, x, upper=False, unitriangular=True)
 
 
-def block_size(chunk: int, heads: int, numbers: int = 2**18) -> int:
+def block_size(chunk: int, heads: int, numbers: int = 2**17) -> int:
     """Chunks worked on at once: `numbers` of a C × C matrix each, so that a few of these stay in a core's cache."""
     return max(1, numbers // (chunk * chunk * heads))
 

@@ -153,7 +153,7 @@ def reference(block: HyTRec, batch: Shape, history: History, target: Target) -> 
                     head = q[h * D : (h + 1) * D]
                     found.append(last[h] @ (head / head.norm().clamp(min=1e-12)))
             answer = attend(queries[-1], [k for k, _ in pairs], [v for _, v in pairs])
-            rows.append(affine(block.out, torch.cat([*found, pooled, answer])))
+            rows.append(affine(block.out, torch.cat([*found, answer])) + affine(block.pooled_out, pooled))
     return torch.stack(rows) if rows else torch.zeros(0, width, dtype=torch.float64)
 
 
