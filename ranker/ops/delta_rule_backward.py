@@ -41,7 +41,7 @@ class DeltaRule(torch.autograd.Function):
         """Outputs and last states."""
         chunks = chunks_of(offsets, chunk)
         o, last, before, transition, reader = chunked_forward(q, k, v, erase, write, log_decay, chunks, state)
-        ctx.save_for_backward(q, k, v, erase, write, log_decay, before, transition, reader)
+        ctx.save_for_backward(q, k, v, erase, write, log_decay, before, transition, *reader)
         ctx.chunks, ctx.has_state = chunks, state is not None
         return (o, last) if q.size(0) else (o.clone(), last.clone())  # an input may not be an output
 
@@ -51,7 +51,7 @@ class DeltaRule(torch.autograd.Function):
         ctx: Any, *gradients: Tensor
     ) -> tuple[Tensor | None, ...]:
         """Gradients of the seven tensors."""
-        q, k, v, erase, write, log_decay, before, transition, reader = ctx.saved_tensors
+        q, k, v, erase, write, log_decay, before, transition, *reader = ctx.saved_tensors
         d_o, d_last = gradients
         if q.size(0) == 0:
             zeros = [None if x is None else torch.zeros_like(x) for x in (q, k, v, erase, write, log_decay)]
@@ -102,10 +102,10 @@ class _Blocks:
             return None
         return decays_of(self.take_real(self.log_decay.unsqueeze(1), first, end).squeeze(2))
 
-    def scan(self, d_o: Tensor, d_last: Tensor, transition: Tensor, reader: Tensor) -> tuple[Tensor, Tensor]:
+    def scan(self, d_o: Tensor, d_last: Tensor, transition: Tensor, reader: list[Tensor]) -> tuple[Tensor, Tensor]:
         """∂S after each chunk `[M · h, dk, dv]`, and of the first states `[R, h, dk, dv]`."""
         heads = self.heads
-        read = [torch.bmm(reader[a * heads : b * heads].mT, self.take_real(d_o, a, b)) for a, b in self.blocks]
+        read = [torch.bmm(reader[i].mT, self.take_real(d_o, *block)) for i, block in enumerate(self.blocks)]
         sizes = [n * heads for n in self.chunks.active]
         transitions, reads = transition.split(sizes), torch.cat(read).split(sizes)
         ended = d_last[self.chunks.order].flatten(0, 1)

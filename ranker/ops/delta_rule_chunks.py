@@ -114,15 +114,15 @@ def chunked_forward(
     log_decay: Tensor | None,
     chunks: Chunks,
     state: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     """Outputs `[T, h, dv]`, last states `[R, h, dk, dv]`, and for a backward pass, of every chunk: the state that it
-    begins with `[M · h, dk, dv]`, its transition `[M · h, dk, dk]` and reader `[M · h, C, dk]`."""
+    begins with `[M · h, dk, dv]`, its transition `[M · h, dk, dk]` and, block by block, reader `[B, C, dk]`."""
     heads, dk, dv, size = k.size(1), k.size(2), v.size(2), chunks.token.size(1)
     count, requests = chunks.token.size(0), chunks.order.numel()
     if state is None:
         state = torch.zeros([requests, heads, dk, dv], dtype=k.dtype, device=k.device)
     if count == 0:
-        return v, state, v, v, v
+        return v, state, v, v, [v]
     q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
     reader: list[Tensor] = []
     own: list[Tensor] = []
@@ -135,13 +135,13 @@ def chunked_forward(
         real = chunks.real[first:end].unsqueeze(1)
         decays: Within | None = None
         if log_decay is not None:
-            decays = decays_of((log_decay.flatten()[rows].view(-1, heads, size) * real).flatten(0, 1))
+            decays = decays_of((log_decay.flatten().index_select(0, rows).view(-1, heads, size) * real).flatten(0, 1))
         of_block = terms(
             q.index_select(0, rows).view(-1, size, dk),
             k.index_select(0, rows).view(-1, size, dk),
             v.index_select(0, rows).view(-1, size, dv),
-            (erase.flatten()[rows].view(-1, heads, size) * real).view(-1, size, 1),
-            (write.flatten()[rows].view(-1, heads, size) * real).view(-1, size, 1),
+            (erase.flatten().index_select(0, rows).view(-1, heads, size) * real).view(-1, size, 1),
+            (write.flatten().index_select(0, rows).view(-1, heads, size) * real).view(-1, size, 1),
             decays,
         )
         reader.append(of_block[0])
@@ -155,7 +155,7 @@ def chunked_forward(
         begin = before[i * step * heads : (i + 1) * step * heads]
         out.append(torch.baddbmm(own[i], reader[i], begin))
     o = torch.cat(out).view(-1, dv).index_select(0, rows_back(chunks, heads)).view(-1, heads, dv)
-    return o, last.view(requests, heads, dk, dv)[chunks.rank], before, transitions, torch.cat(reader)
+    return o, last.view(requests, heads, dk, dv)[chunks.rank], before, transitions, reader
 
 
 def _scan(transition: Tensor, addition: Tensor, state: Tensor, chunks: Chunks, heads: int) -> tuple[Tensor, Tensor]:
