@@ -4,13 +4,14 @@ it names."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from features.loader import LoaderConfig
 from features.schema import Split, Strict
 from features.selection import FeaturesConfig
+from ranker.config_blocks import HiSacConfig, LongConfig
 
 
 class TablesConfig(Strict):
@@ -37,26 +38,6 @@ class DinConfig(Strict):
     hidden: list[int] = Field(default_factory=lambda: [64], min_length=1)
     softmax: bool = False
     age_buckets: int = Field(default=0, ge=0)
-
-
-class MeanConfig(Strict):
-    """Mean pooling."""
-
-    type: Literal["mean"] = "mean"
-    length: int = Field(default=0, ge=0, description="latest events; 0: all")
-
-
-class TargetAttentionConfig(Strict):
-    """Full-length multi-head target attention."""
-
-    type: Literal["target_attention"] = "target_attention"
-    length: int = Field(default=0, ge=0, description="latest events; 0: all")
-    heads: int = Field(default=2, ge=1)
-    head_dim: int = Field(default=16, ge=1)
-    age_buckets: int = Field(default=32, ge=0)
-
-
-LongConfig = Annotated[MeanConfig | TargetAttentionConfig, Field(discriminator="type")]
 
 
 class TowerConfig(Strict):
@@ -152,3 +133,8 @@ class TrainConfig(Strict):
         if self.model.short is not None:
             lengths.append(self.model.short.length)
         return 0 if 0 in lengths else max(lengths, default=1)
+
+    @property
+    def codebooks(self) -> list[str]:
+        """Codebooks whose codewords some block reads."""
+        return sorted({block.codebook for block in self.model.long if isinstance(block, HiSacConfig)})

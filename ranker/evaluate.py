@@ -18,7 +18,7 @@ from ranker.predict import predict, refuse_not_finite, scoring_loader, selection
 from ranker.ranks import Ranks, join_ranks
 from ranker.references import fit_references
 from ranker.report import Report, make_report, print_report, write_metrics
-from ranker.run import Run
+from ranker.run import Run, codewords_of
 from ranker.sharding import shard
 from ranker.trainer import build
 
@@ -27,7 +27,9 @@ def restore(run: Run, ranks: Ranks) -> Ranker:
     """The run's ranker, sharded, with its best checkpoint."""
     dataset = run.dataset()
     spec = resolve(run.config.features, dataset.manifest)
-    model, _ = shard(build(spec, run.config, run.moments()), run.config.tables, ranks)
+    model, _ = shard(
+        build(spec, run.config, run.moments(), codewords_of(run.config, dataset)), run.config.tables, ranks
+    )
     checkpoint.load(run.best(), model, None)
     return model  # type: ignore[return-value]
 

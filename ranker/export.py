@@ -25,7 +25,7 @@ from ranker.model import Plain, Ranker
 from ranker.predict import scoring_loader, selection_of
 from ranker.progress import log
 from ranker.ranks import join_ranks
-from ranker.run import Run, codebooks_of, refuse_existing, versions, write_json
+from ranker.run import Run, codebooks_of, codewords_of, refuse_existing, versions, write_json
 from ranker.towers import esmm_probabilities
 
 TOLERANCE = 1e-5
@@ -87,6 +87,8 @@ class ServedRanker(nn.Module):
         request_dense: Tensor,
         candidate_dense: Tensor,
         event_dense: Tensor,
+        event_codes: Tensor,
+        candidate_codes: Tensor,
         event_time: Tensor,
         now: Tensor,
         start: Tensor,
@@ -100,8 +102,11 @@ class ServedRanker(nn.Module):
         request = KeyedJaggedTensor(self.request_keys, request_values, lengths=request_lengths)
         candidate = KeyedJaggedTensor(self.candidate_keys, candidate_values, lengths=candidate_lengths)
         sequence = KeyedJaggedTensor(self.sequence_keys, sequence_values, lengths=sequence_lengths)
-        plain = Plain(request_dense, candidate_dense, event_dense, event_time, now, start, end, offsets)
-        return esmm_probabilities(self.dense(self.tables(request, candidate, sequence), plain))
+        plain = Plain(
+            request_dense, candidate_dense, event_dense, event_codes, candidate_codes,
+            event_time, now, start, end, offsets,
+        )  # fmt: skip
+        return esmm_probabilities(self.dense(self.tables(request, candidate, sequence), plain).logits)
 
 
 def inputs_of(batch: RequestBatch) -> dict[str, Tensor]:
@@ -129,7 +134,8 @@ def unsharded(model: nn.Module, spec: FeatureSpec, run: Run) -> Ranker:
             state[name] = whole
         else:
             state[name] = value.detach().cpu()
-    ranker = Ranker(spec, run.config, run.moments(), device=torch.device("cpu"))
+    codewords = codewords_of(run.config, run.dataset())
+    ranker = Ranker(spec, run.config, run.moments(), codewords, device=torch.device("cpu"))
     missing, unexpected = ranker.load_state_dict(state, strict=False)
     if missing or unexpected:
         raise ExportError(f"parameters do not match: missing {missing}, unexpected {unexpected}")
@@ -172,7 +178,7 @@ def _export(run: Run, folder: Path) -> float:
         trained.eval()
         with torch.no_grad():
             for batch in loader.batches():
-                expected = esmm_probabilities(trained(batch))
+                expected = esmm_probabilities(trained(batch).logits)
                 inputs = inputs_of(batch)
                 found = loaded(**inputs)
                 # torch's maximum keeps a NaN, where Python's may lose it
@@ -208,6 +214,7 @@ def _write_manifest(
                 "request_dense": names(spec.request_dense),
                 "candidate_dense": names(spec.candidate_dense),
                 "event_dense": names(spec.event_dense),
+                "codes": names(spec.codes),
             },
             "outputs": ["p_ctr"] if run.config.tasks.conversion is None else ["p_ctr", "p_ctcvr", "p_cvr"],
             "table_sizes": {f.name: f.size for f in (*spec.request, *spec.candidate, *spec.sequence, *spec.event)},

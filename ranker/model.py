@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from features.batch import RequestBatch
 from features.selection import FeatureSpec
-from ranker.config import LongConfig, MeanConfig, TrainConfig
+from ranker.blocks import Block, Codewords
+from ranker.config import TrainConfig
 from ranker.embeddings import Embedded, Tables
-from ranker.longseq import History, MeanPooling, Probes, Target, TargetAttention
+from ranker.longseq import History, Target
 from ranker.ops.jagged import segments_of
 from ranker.towers import DIN, MLP, MMoE
 
@@ -25,11 +26,20 @@ class Plain(NamedTuple):
     request_dense: Tensor
     candidate_dense: Tensor
     event_dense: Tensor
+    event_codes: Tensor
+    candidate_codes: Tensor
     event_time: Tensor
     now: Tensor
     start: Tensor
     end: Tensor
     offsets: Tensor
+
+
+class Scores(NamedTuple):
+    """logits: `[N, tasks]`, click, and conversion given a click; auxiliary: the blocks' own losses, a scalar."""
+
+    logits: Tensor
+    auxiliary: Tensor
 
 
 class Standardise(nn.Module):
@@ -49,17 +59,12 @@ class Standardise(nn.Module):
         return ((x - self.mean) / self.deviation).clamp(-5, 5)
 
 
-def long_block(config: LongConfig, dim: int) -> nn.Module:
-    """The long-sequence block that a config names."""
-    if isinstance(config, MeanConfig):
-        return MeanPooling(dim, config.length)
-    return TargetAttention(dim, config.heads, config.head_dim, config.length, config.age_buckets)
-
-
 class Dense(nn.Module):
     """Everything but the tables: scriptable, and the same in training, evaluation and export."""
 
-    def __init__(self, spec: FeatureSpec, config: TrainConfig, tables: Tables, moments: Moments) -> None:
+    def __init__(
+        self, spec: FeatureSpec, config: TrainConfig, tables: Tables, moments: Moments, codewords: Codewords
+    ) -> None:
         super().__init__()
         dim = tables.dim
         self.of_request = Standardise([f.name for f in spec.request_dense], moments)
@@ -68,7 +73,9 @@ class Dense(nn.Module):
         self.event_projection = nn.Linear(len(spec.event_dense), dim) if spec.event_dense else None
         short = config.model.short
         self.short = DIN(dim, short.hidden, short.length, short.softmax, short.age_buckets) if short else None
-        self.long = nn.ModuleList([long_block(block, dim) for block in config.model.long])
+        self.long = nn.ModuleList(
+            [Block(i, block, spec, config.tables.dim, codewords) for i, block in enumerate(config.model.long)]
+        )
         tower = config.model.tower
         self.target_in_tower = tower.target
         inputs = tables.request_width + tables.candidate_width + len(spec.request_dense) + len(spec.candidate_dense)
@@ -80,16 +87,14 @@ class Dense(nn.Module):
             else MMoE(inputs, tower.hidden, tasks, tower.dropout, tower.experts)
         )
 
-    def forward(self, embedded: Embedded, plain: Plain) -> Tensor:
-        """Logits `[N, tasks]`: click, and conversion given a click."""
+    def forward(self, embedded: Embedded, plain: Plain) -> Scores:
+        """Scores of all candidates."""
         x = embedded.event
         if self.event_projection is not None:
             x = x + self.event_projection(self.of_event(plain.event_dense))
         none = torch.zeros([0], dtype=torch.int64, device=x.device)
-        no_code = torch.zeros([x.size(0), 0], dtype=torch.int64, device=x.device)
-        history = History(x, plain.event_time, plain.start, plain.end, plain.now, no_code, x[:, :0])
+        history = History(x, plain.event_time, plain.start, plain.end, plain.now, plain.event_codes, x[:, :0])
         target = Target(embedded.target, plain.offsets, none)
-        probes = Probes(x[:0], none, none)
         request = segments_of(plain.offsets)
         per_request = torch.cat([embedded.request, self.of_request(plain.request_dense)], 1)
         parts = [per_request[request], embedded.candidate, self.of_candidate(plain.candidate_dense)]
@@ -97,31 +102,40 @@ class Dense(nn.Module):
             parts.append(target.x)
         if self.short is not None:
             parts.append(self.short(history, target))
+        auxiliary = torch.zeros([], device=x.device)
         for block in self.long:
-            parts.append(block(history, probes, target))
-        return self.tower(torch.cat(parts, 1))
+            found = block(history, target, plain.candidate_codes)
+            parts.append(found.out)
+            auxiliary = auxiliary + found.loss
+        return Scores(self.tower(torch.cat(parts, 1)), auxiliary)
 
 
 class Ranker(nn.Module):
-    """Tables and dense part together, from a :class:`RequestBatch` to logits `[N, tasks]`.
+    """Tables and dense part together, from a :class:`RequestBatch` to scores.
 
     Args:
         moments: mean and deviation of dense features, kept with the model's state.
+        codewords: of the codebooks that blocks name, kept with it too.
         device: of the tables; ``meta`` when TorchRec is to shard them.
     """
 
     def __init__(
-        self, spec: FeatureSpec, config: TrainConfig, moments: Moments, device: torch.device | None = None
+        self,
+        spec: FeatureSpec,
+        config: TrainConfig,
+        moments: Moments,
+        codewords: Codewords | None = None,
+        device: torch.device | None = None,
     ) -> None:
         super().__init__()
         self.tables = Tables(spec, config.tables, device)
-        self.dense = Dense(spec, config, self.tables, moments)
+        self.dense = Dense(spec, config, self.tables, moments, codewords or {})
 
-    def forward(self, batch: RequestBatch) -> Tensor:
-        """Logits `[N, tasks]`."""
+    def forward(self, batch: RequestBatch) -> Scores:
+        """Scores of all candidates."""
         embedded = self.tables(batch.request, batch.candidate, batch.sequence)
         plain = Plain(
-            batch.request_dense, batch.candidate_dense, batch.event_dense, batch.event_time,
-            batch.now, batch.start, batch.end, batch.offsets,
+            batch.request_dense, batch.candidate_dense, batch.event_dense, batch.event_codes, batch.candidate_codes,
+            batch.event_time, batch.now, batch.start, batch.end, batch.offsets,
         )  # fmt: skip
         return self.dense(embedded, plain)

@@ -59,7 +59,7 @@ def predict(
     two = config.tasks.conversion is not None
     with Progress(what, loader.steps(), ranks.first) as progress:
         for batch in loader.batches():
-            p = esmm_probabilities(model(batch.to(ranks.device)).double()).cpu().numpy()
+            p = esmm_probabilities(model(batch.to(ranks.device)).logits.double()).cpu().numpy()
             per_request = (batch.offsets[1:] - batch.offsets[:-1]).numpy()
             request = np.repeat(np.arange(batch.requests) + requests, per_request)
             requests += batch.requests

@@ -18,11 +18,14 @@ import sys
 from pathlib import Path
 from typing import cast
 
+import torch
+
 from features import provenance
 from features.config_file import dump_config, load_config
 from features.dataset import Dataset
 from features.errors import UserError
 from ranker import checkpoint
+from ranker.blocks import Codewords
 from ranker.config import TrainConfig
 from ranker.model import Moments
 
@@ -70,8 +73,22 @@ def _leaves(value: object, path: str = "") -> dict[str, object]:
 def codebooks_of(config: TrainConfig, dataset: Dataset) -> dict[str, dict[str, str]]:
     """Version and content hash of each codebook whose codes the features read, by name."""
     features = config.features
-    used = dataset.manifest.codebooks_behind([*features.candidate, *features.sequence, *features.dense])
+    used = dataset.manifest.codebooks_behind(
+        [*features.candidate, *features.sequence, *features.codes, *features.dense]
+    )
     return {name: {"version": info.version, "content_hash": info.content_hash} for name, info in used.items()}
+
+
+def codewords_of(config: TrainConfig, dataset: Dataset) -> Codewords:
+    """Codewords of the codebooks that blocks name, with the zero row of items without a code.
+
+    Raises:
+        DatasetError: the dataset has no such semantic IDs.
+    """
+    return {
+        name: [torch.nn.functional.pad(torch.from_numpy(words), [0, 0, 1, 0]) for words in dataset.codewords(name)]
+        for name in config.codebooks
+    }
 
 
 def _version(codebook: dict[str, str]) -> str:

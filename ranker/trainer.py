@@ -23,6 +23,7 @@ from features.loader import Loader, Selection
 from features.moments import dense_moments
 from features.selection import FeatureSpec, resolve
 from ranker import checkpoint
+from ranker.blocks import Codewords
 from ranker.checkpoint import Position
 from ranker.config import TrainConfig
 from ranker.doctor import ensure_healthy
@@ -31,15 +32,15 @@ from ranker.model import Moments, Ranker
 from ranker.predict import predict, refuse_not_finite, scoring_loader, selection_of
 from ranker.progress import Progress, log
 from ranker.ranks import Ranks, join_ranks
-from ranker.run import Run, refuse_existing
+from ranker.run import Run, codewords_of, refuse_existing
 from ranker.sharding import describe_plan, optimizer_of, shard
 from ranker.towers import esmm_loss
 
 
-def build(spec: FeatureSpec, config: TrainConfig, moments: Moments) -> Ranker:
+def build(spec: FeatureSpec, config: TrainConfig, moments: Moments, codewords: Codewords) -> Ranker:
     """The unsharded ranker with tables on the meta device, the dense part from the seed."""
     torch.manual_seed(config.seed)
-    return Ranker(spec, config, moments, device=torch.device("meta"))
+    return Ranker(spec, config, moments, codewords, device=torch.device("meta"))
 
 
 def _mixed(*numbers: int) -> int:
@@ -52,6 +53,8 @@ class _Window:
     """Sums since the last log line."""
 
     losses: Tensor
+    auxiliary: Tensor
+    steps: int = 0
     candidates: float = 0.0
     requests: float = 0.0
     clicks: float = 0.0
@@ -75,7 +78,7 @@ class Trainer:
         self._settle_shards(dataset, selection)
         self.loader = self._training_loader(dataset, selection, self.position.shards, ranks.rank, ranks.world)
         self.validation = self._validation_loader(dataset, selection)
-        model = build(spec, config, moments)
+        model = build(spec, config, moments, codewords_of(config, dataset))
         torch.manual_seed(config.seed + ranks.rank)  # each rank's part of a table starts with values of its own
         self.model, plan = shard(model, config.tables, ranks)
         self.optimizer, self.adam = optimizer_of(self.model, config.optimizer)
@@ -172,10 +175,11 @@ class Trainer:
             warmup = self.config.optimizer.warmup_steps
             group["lr"] = self.config.optimizer.lr * min(1.0, (self.position.step + 1) / warmup if warmup else 1.0)
         candidates = self.ranks.total(batch.candidates)
-        losses = esmm_loss(self.model(batch), batch.labels)
+        scores = self.model(batch)
+        losses = esmm_loss(scores.logits, batch.labels)
         weights = torch.tensor([1.0, self.config.tasks.conversion_weight][: losses.numel()], device=losses.device)
         # ranks are averaged in the backward pass; times their number, this is the mean over all candidates
-        loss = (losses * weights).sum() * (self.ranks.world / max(candidates, 1.0))
+        loss = (losses * weights).sum() * (self.ranks.world / max(candidates, 1.0)) + scores.auxiliary
         self.optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.dense_parameters, self.config.optimizer.clip_norm)
@@ -187,6 +191,8 @@ class Trainer:
         self.optimizer.step()
         self.position.step += 1
         self.window.losses += losses.detach()
+        self.window.auxiliary += scores.auxiliary.detach()
+        self.window.steps += 1
         self.window.candidates += batch.candidates
         self.window.requests += batch.requests
         self.window.clicks += float(batch.labels[:, 0].sum())
@@ -196,7 +202,8 @@ class Trainer:
 
     def _new_window(self) -> _Window:
         tasks = 1 if self.config.tasks.conversion is None else 2
-        return _Window(torch.zeros(tasks, device=self.ranks.device), started=time.perf_counter())
+        losses, auxiliary = torch.zeros(tasks, device=self.ranks.device), torch.zeros([], device=self.ranks.device)
+        return _Window(losses, auxiliary, started=time.perf_counter())
 
     def _log(self, norm: float, progress: Progress) -> None:
         window, step = self.window, self.position.step
@@ -208,6 +215,7 @@ class Trainer:
         entropy = -(rate * np.log(rate) + (1 - rate) * np.log(1 - rate))
         scalars = dict(zip(("loss/ctr", "loss/ctcvr"), losses, strict=False))
         scalars |= {
+            "loss/auxiliary": self.ranks.total(float(window.auxiliary)) / max(window.steps * self.ranks.world, 1),
             "train/ne": losses[0] / entropy,
             "train/gradient_norm": norm,
             "train/learning_rate": self.adam.param_groups[0]["lr"],

@@ -248,9 +248,9 @@ def orthogonality(p: Tensor, by_row: bool) -> Tensor:
     """
     k = p.size(1)
     floor = 0.0 if by_row else math.sqrt(k) * (1 - 1 / k)
-    p = p / p.norm(dim=[2] if by_row else [1, 2], keepdim=True).clamp(min=1e-12)
+    p = p / torch.linalg.vector_norm(p, dim=[2] if by_row else [1, 2], keepdim=True).clamp(min=1e-12)
     gram = torch.einsum("rkd,rld->rkl", p, p)
-    return (gram - torch.eye(k, dtype=p.dtype, device=p.device)).norm(dim=[1, 2]) - floor
+    return torch.linalg.vector_norm(gram - torch.eye(k, dtype=p.dtype, device=p.device), dim=[1, 2]) - floor
 
 
 def interest_recall(attention: list[Tensor], event_code: list[Tensor], probe_code: list[Tensor], k: int) -> Tensor:

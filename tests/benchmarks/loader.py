@@ -183,6 +183,8 @@ class RowByRow:
                 "request_dense": torch.empty(len(requests), 0),
                 "candidate_dense": torch.empty(rows, 0),
                 "event_dense": torch.empty(tensors["event_time"].numel(), 0),
+                "event_codes": torch.empty(tensors["event_time"].numel(), 0, dtype=torch.int64),
+                "candidate_codes": torch.empty(rows, 0, dtype=torch.int64),
                 "start": length.cumsum(0) - length,
                 "end": length.cumsum(0),
                 "offsets": torch.cat([torch.zeros(1, dtype=torch.int64), candidates.cumsum(0)]),

@@ -24,7 +24,7 @@ from features.batch import RequestBatch, from_tensors
 from features.selection import Feature, FeatureSpec
 from ranker.config import ModelConfig, OptimizerConfig, TablesConfig, TrainConfig
 from ranker.embeddings import Embedded
-from ranker.model import Plain, Ranker
+from ranker.model import Plain, Ranker, Scores
 from ranker.ranks import join_ranks
 from ranker.sharding import optimizer_of, shard
 from ranker.towers import esmm_loss
@@ -76,6 +76,8 @@ def request_level(requests: int, candidates: int, length: int) -> dict[str, Tens
         "request_dense": torch.zeros(requests, 0),
         "candidate_dense": torch.zeros(rows, 0),
         "event_dense": torch.zeros(events, 0),
+        "event_codes": torch.zeros(events, 0, dtype=torch.int64),
+        "candidate_codes": torch.zeros(rows, 0, dtype=torch.int64),
         "event_time": event_time.flatten(),
         "now": event_time[:, -1] + 60_000,
         "start": torch.arange(requests) * length,
@@ -104,6 +106,7 @@ def row_level(batch: dict[str, Tensor], requests: int, candidates: int, length: 
     out["sequence.lengths"] = torch.tensor([length] * 2 * rows + [1] * 2 * rows)
     out["event_time"] = copied(batch["event_time"])
     out["event_dense"] = torch.zeros(rows * length, 0)
+    out["event_codes"] = torch.zeros(rows * length, 0, dtype=torch.int64)
     out["request_dense"] = torch.zeros(rows, 0)
     out["start"] = torch.arange(rows) * length
     out["end"] = out["start"] + length
@@ -111,9 +114,9 @@ def row_level(batch: dict[str, Tensor], requests: int, candidates: int, length: 
     return out
 
 
-def mean_loss(logits: Tensor, batch: RequestBatch) -> Tensor:
+def mean_loss(scores: Scores, batch: RequestBatch) -> Tensor:
     """Over the candidates."""
-    return esmm_loss(logits, batch.labels.to(logits.dtype)).sum() / batch.candidates
+    return esmm_loss(scores.logits, batch.labels.to(scores.logits.dtype)).sum() / batch.candidates
 
 
 def greatest_differences(model: ModelConfig, ways: list[dict[str, Tensor]]) -> tuple[float, float, float]:
@@ -123,7 +126,7 @@ def greatest_differences(model: ModelConfig, ways: list[dict[str, Tensor]]) -> t
     its greatest entry's, over the gradient's greatest entry.
     """
     torch.manual_seed(0)
-    ranker = Ranker(SPEC, config_of(model), {}, torch.device("cpu"))
+    ranker = Ranker(SPEC, config_of(model), {}, device=torch.device("cpu"))
     ranker.dense.double()
     tables, dense = list(ranker.tables.parameters()), list(ranker.dense.parameters())
     with torch.no_grad():

@@ -32,6 +32,7 @@ EVERYTHING = FeaturesConfig(
     sequence=["item.category", "item"],
     event=["event.action"],
     event_dense=["event.dwell"],
+    codes=["item.category"],
 )
 COLUMNS = {
     "user": {"device": "categorical", "interests": "bag", "age": "dense"},
@@ -201,6 +202,8 @@ def _record(
         "history": {f.name: [of_item(f.name, history["item"][e]) for e in events] for f in spec.sequence},
         "event": {f.name: [history[f.name][e] for e in events] for f in spec.event},
         "event_dense": [[history[f.name][e] for f in spec.event_dense] for e in events],
+        "event_codes": [[of_item(f.name, history["item"][e]) for f in spec.codes] for e in events],
+        "candidate_codes": [[of_item(f.name, item) for f in spec.codes] for item in request["items"]],
         "event_time": [history["time"][e] for e in events],
         "history_length": request["history_end"],
         "user": history["user"],
@@ -231,6 +234,8 @@ def records(batch: RequestBatch, selection: Selection) -> dict[int, Record]:
             "history": {f.name: history[f.name][events].tolist() for f in spec.sequence},
             "event": {f.name: history[f.name][events].tolist() for f in spec.event},
             "event_dense": batch.event_dense[events].tolist(),
+            "event_codes": batch.event_codes[events].tolist(),
+            "candidate_codes": batch.candidate_codes[shown].tolist(),
             "event_time": batch.event_time[events].tolist(),
             "history_length": int(batch.history_length[r]),
             "user": int(batch.user[r]),

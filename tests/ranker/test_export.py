@@ -71,6 +71,7 @@ def test_manifest(exported: Path, trained: Path, dataset: Path):
         "request_dense": [],
         "candidate_dense": ["item.price"],
         "event_dense": [],
+        "codes": [],
     }  # fmt: skip
     data = Dataset(dataset)
     assert manifest["vocabulary_hash"] == data.vocabulary_hash()
@@ -121,6 +122,8 @@ def one_request(items: int, events: int) -> Inputs:
         "request_dense": torch.zeros(1, 0),
         "candidate_dense": torch.zeros(items, 1),
         "event_dense": torch.zeros(events, 0),
+        "event_codes": torch.zeros(events, 0, dtype=torch.int64),
+        "candidate_codes": torch.zeros(items, 0, dtype=torch.int64),
         "event_time": torch.arange(events),
         "now": torch.tensor([10_000]),
         "start": torch.tensor([0]),

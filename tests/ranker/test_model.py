@@ -29,7 +29,7 @@ def scores(config: TrainConfig, root: Path, split: str = "test") -> Predictions:
     data = Dataset(root)
     spec = resolve(config.features, data.manifest)
     torch.manual_seed(0)
-    model = Ranker(spec, config, {}, torch.device("cpu"))
+    model = Ranker(spec, config, {}, device=torch.device("cpu"))
     loader = scoring_loader(config, data, split, selection_of(config, data, spec), ALONE)  # type: ignore[arg-type]
     found = predict(model, loader, config, ALONE)
     assert found is not None

@@ -1,0 +1,110 @@
+"""From a block's config to its module, with what it reads of the batch beside embeddings: codes and probes."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from features.batch import names
+from features.errors import UserError
+from features.selection import FeatureSpec
+from ranker.config_blocks import HiSacConfig, HyTrecConfig, LongConfig, MeanConfig, UxSidConfig
+from ranker.longseq import HiSAC, History, HyTRec, MeanPooling, Probes, Target, TargetAttention, UxSID
+from ranker.ops.probing import distinct_probes
+
+Codewords = dict[str, list[Tensor]]
+"""`[K_l + 1, dz]` of each level of each codebook; row 0, no code, is zero"""
+
+
+class BlockOutput(NamedTuple):
+    """out: `[N, out_dim]`, what each candidate reads; loss: the block's own, a scalar."""
+
+    out: Tensor
+    loss: Tensor
+
+
+class Block(nn.Module):
+    """One long-sequence block of the ranker, number `index` of ``model.long``.
+
+    Args:
+        dim: width of a sequence feature's table; events and candidates have one such slice a feature.
+        codewords: of the codebooks that blocks name.
+
+    Raises:
+        UserError: the block needs features that the config does not read, or its sizes do not fit.
+    """
+
+    code_columns: list[int]
+
+    def __init__(self, index: int, config: LongConfig, spec: FeatureSpec, dim: int, codewords: Codewords) -> None:
+        super().__init__()
+        self.code_columns = []
+        self.probe_column, self.probe_start, self.dim = -1, 0, dim
+        where = f"model.long[{index}]"
+        if isinstance(config, UxSidConfig):
+            self.probe_column = _column(config.probe, f"{where}.probe", spec)
+            if config.probe not in names(spec.sequence):
+                raise UserError(
+                    f"{where}.probe: {config.probe!r} has no embedding; add it to features.sequence, which has "
+                    f"{', '.join(names(spec.sequence))}"
+                )
+            self.probe_start = dim * names(spec.sequence).index(config.probe)
+        if isinstance(config, HiSacConfig):
+            levels = len(codewords[config.codebook])
+            self.code_columns = [
+                _column(f"item.{config.codebook}_{level}", f"{where}.codebook", spec) for level in range(1, levels + 1)
+            ]
+        try:
+            self.block = _module(config, dim * len(spec.sequence), dim, codewords)
+        except ValueError as error:
+            raise UserError(f"{where}: {error}") from error
+        self.out_dim = int(self.block.out_dim)  # type: ignore[arg-type]
+
+    def forward(self, history: History, target: Target, candidate_codes: Tensor) -> BlockOutput:
+        """What candidates read of their histories.
+
+        Args:
+            history: `code` holds every feature of ``features.codes``.
+            target: without probes.
+            candidate_codes: `[N, codes]`.
+        """
+        code = history.code[:, :0]
+        if len(self.code_columns) > 0:
+            code = history.code.index_select(1, torch.tensor(self.code_columns, device=history.code.device))
+        history = History(
+            history.x, history.time, history.start, history.end, history.now, code, history.content
+        )  # fmt: skip
+        none = torch.zeros([0], dtype=torch.int64, device=target.x.device)
+        probes = Probes(target.x[:0], none, none)
+        if self.probe_column >= 0:
+            group, request, probe, first = distinct_probes(candidate_codes[:, self.probe_column], target.offsets)
+            c = target.x.index_select(0, first).narrow(1, self.probe_start, self.dim)
+            probes = Probes(c, group, request)
+            target = Target(target.x, target.offsets, probe)
+        memory = self.block.encode(history, probes)  # type: ignore[operator]
+        out = self.block.read(memory, target)  # type: ignore[operator]
+        loss = torch.zeros([], device=out.device)
+        if self.training:
+            loss = self.block.auxiliary(history, memory)  # type: ignore[operator]
+        return BlockOutput(out, loss)
+
+
+def _column(feature: str, key: str, spec: FeatureSpec) -> int:
+    """Where `feature` stands among the codes."""
+    if feature not in names(spec.codes):
+        have = ", ".join(names(spec.codes)) or "nothing"
+        raise UserError(f"{key}: needs {feature!r} in features.codes, which has {have}; add it")
+    return names(spec.codes).index(feature)
+
+
+def _module(config: LongConfig, dim: int, probe_dim: int, codewords: Codewords) -> nn.Module:
+    options = config.model_dump(exclude={"type", "probe", "codebook"})
+    if isinstance(config, UxSidConfig):
+        return UxSID(dim, probe_dim, **options)
+    if isinstance(config, HiSacConfig):
+        return HiSAC(dim, codewords[config.codebook], **options)
+    if isinstance(config, HyTrecConfig):
+        return HyTRec(dim, **options)
+    if isinstance(config, MeanConfig):
+        return MeanPooling(dim, **options)
+    return TargetAttention(dim, **options)
