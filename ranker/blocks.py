@@ -16,6 +16,22 @@ Codewords = dict[str, list[Tensor]]
 """`[K_l + 1, dz]` of each level of each codebook; row 0, no code, is zero"""
 
 
+class BlockInput(NamedTuple):
+    """The block's own view of the batch: the codes it reads, the probes it asks about, and each candidate's probe."""
+
+    history: History
+    probes: Probes
+    target: Target
+
+
+class BlockInput(NamedTuple):
+    """What a long-sequence method reads, see :mod:`ranker.longseq.protocol`."""
+
+    history: History
+    probes: Probes
+    target: Target
+
+
 class BlockOutput(NamedTuple):
     """out: `[N, out_dim]`, what each candidate reads; loss: the block's own, a scalar."""
 
@@ -40,28 +56,29 @@ class Block(nn.Module):
         super().__init__()
         self.code_columns = []
         self.probe_column, self.probe_start, self.dim = -1, 0, dim
-        where = f"model.long[{index}]"
+        self.name, self.kind = f"model.long[{index}]", config.type
         if isinstance(config, UxSidConfig):
-            self.probe_column = _column(config.probe, f"{where}.probe", spec)
-            if config.probe not in names(spec.sequence):
-                raise UserError(
-                    f"{where}.probe: {config.probe!r} has no embedding; add it to features.sequence, which has "
-                    f"{', '.join(names(spec.sequence))}"
-                )
-            self.probe_start = dim * names(spec.sequence).index(config.probe)
+            self.probe_column, self.probe_start = _probe(f"{self.name}.probe", config.probe, spec, dim)
         if isinstance(config, HiSacConfig):
-            levels = len(codewords[config.codebook])
-            self.code_columns = [
-                _column(f"item.{config.codebook}_{level}", f"{where}.codebook", spec) for level in range(1, levels + 1)
-            ]
+            self.code_columns = _levels(self.name, config, spec, len(codewords[config.codebook]))
         try:
             self.block = _module(config, dim * len(spec.sequence), dim, codewords)
         except ValueError as error:
-            raise UserError(f"{where}: {error}") from error
+            raise UserError(f"{self.name}: {error}") from error
         self.out_dim = int(self.block.out_dim)  # type: ignore[arg-type]
 
     def forward(self, history: History, target: Target, candidate_codes: Tensor) -> BlockOutput:
-        """What candidates read of their histories.
+        """What candidates read of their histories; arguments as of :meth:`inputs`."""
+        history, probes, target = self.inputs(history, target, candidate_codes)
+        memory = self.block.encode(history, probes)  # type: ignore[operator]
+        out = self.block.read(memory, target)  # type: ignore[operator]
+        loss = torch.zeros([], device=out.device)
+        if self.training:
+            loss = self.block.auxiliary(history, memory)  # type: ignore[operator]
+        return BlockOutput(out, loss)
+
+    def inputs(self, history: History, target: Target, candidate_codes: Tensor) -> BlockInput:
+        """What the block itself reads: of the codes its own, and the probes that candidates share.
 
         Args:
             history: `code` holds every feature of ``features.codes``.
@@ -81,20 +98,36 @@ class Block(nn.Module):
             c = target.x.index_select(0, first).narrow(1, self.probe_start, self.dim)
             probes = Probes(c, group, request)
             target = Target(target.x, target.offsets, probe)
-        memory = self.block.encode(history, probes)  # type: ignore[operator]
-        out = self.block.read(memory, target)  # type: ignore[operator]
-        loss = torch.zeros([], device=out.device)
-        if self.training:
-            loss = self.block.auxiliary(history, memory)  # type: ignore[operator]
-        return BlockOutput(out, loss)
+        return BlockInput(history, probes, target)
 
 
-def _column(feature: str, key: str, spec: FeatureSpec) -> int:
-    """Where `feature` stands among the codes."""
-    if feature not in names(spec.codes):
-        have = ", ".join(names(spec.codes)) or "nothing"
-        raise UserError(f"{key}: needs {feature!r} in features.codes, which has {have}; add it")
-    return names(spec.codes).index(feature)
+def _listed(features: list[str]) -> str:
+    return ", ".join(features) or "nothing"
+
+
+def _probe(key: str, feature: str, spec: FeatureSpec, dim: int) -> tuple[int, int]:
+    """Where the probe stands among the codes, and where its embedding starts in a candidate's."""
+    for place, have in (("codes", names(spec.codes)), ("sequence", names(spec.sequence))):
+        if feature not in have:
+            raise UserError(f"{key}: {feature!r} is not in features.{place}, which has {_listed(have)}; add it there")
+    return names(spec.codes).index(feature), dim * names(spec.sequence).index(feature)
+
+
+def _levels(block: str, config: HiSacConfig, spec: FeatureSpec, levels: int) -> list[int]:
+    """Where the codebook's levels stand among the codes."""
+    have = names(spec.codes)
+    needed = [f"item.{config.codebook}_{level}" for level in range(1, levels + 1)]
+    if missing := [name for name in needed if name not in have]:
+        raise UserError(
+            f"{block}.codebook: {config.codebook!r} needs {', '.join(missing)} in features.codes, which has "
+            f"{_listed(have)}; add what is missing"
+        )
+    if len(config.keep) != levels:
+        raise UserError(
+            f"{block}.keep: {config.keep} has {len(config.keep)} numbers, the codebook {config.codebook!r} has "
+            f"{levels} levels; give one for each"
+        )
+    return [have.index(name) for name in needed]
 
 
 def _module(config: LongConfig, dim: int, probe_dim: int, codewords: Codewords) -> nn.Module:

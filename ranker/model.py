@@ -35,6 +35,14 @@ class Plain(NamedTuple):
     offsets: Tensor
 
 
+def plain_of(batch: RequestBatch) -> Plain:
+    """What of a batch is no embedding's id."""
+    return Plain(
+        batch.request_dense, batch.candidate_dense, batch.event_dense, batch.event_codes, batch.candidate_codes,
+        batch.event_time, batch.now, batch.start, batch.end, batch.offsets,
+    )  # fmt: skip
+
+
 class Scores(NamedTuple):
     """logits: `[N, tasks]`, click, and conversion given a click; auxiliary: the blocks' own losses, a scalar."""
 
@@ -87,14 +95,18 @@ class Dense(nn.Module):
             else MMoE(inputs, tower.hidden, tasks, tower.dropout, tower.experts)
         )
 
-    def forward(self, embedded: Embedded, plain: Plain) -> Scores:
-        """Scores of all candidates."""
+    def sequences(self, embedded: Embedded, plain: Plain) -> tuple[History, Target]:
+        """Histories and candidates as long-sequence blocks read them, with every code and without probes."""
         x = embedded.event
         if self.event_projection is not None:
             x = x + self.event_projection(self.of_event(plain.event_dense))
         none = torch.zeros([0], dtype=torch.int64, device=x.device)
         history = History(x, plain.event_time, plain.start, plain.end, plain.now, plain.event_codes, x[:, :0])
-        target = Target(embedded.target, plain.offsets, none)
+        return history, Target(embedded.target, plain.offsets, none)
+
+    def forward(self, embedded: Embedded, plain: Plain) -> Scores:
+        """Scores of all candidates."""
+        history, target = self.sequences(embedded, plain)
         request = segments_of(plain.offsets)
         per_request = torch.cat([embedded.request, self.of_request(plain.request_dense)], 1)
         parts = [per_request[request], embedded.candidate, self.of_candidate(plain.candidate_dense)]
@@ -102,7 +114,7 @@ class Dense(nn.Module):
             parts.append(target.x)
         if self.short is not None:
             parts.append(self.short(history, target))
-        auxiliary = torch.zeros([], device=x.device)
+        auxiliary = torch.zeros([], device=history.x.device)
         for block in self.long:
             found = block(history, target, plain.candidate_codes)
             parts.append(found.out)
@@ -134,8 +146,4 @@ class Ranker(nn.Module):
     def forward(self, batch: RequestBatch) -> Scores:
         """Scores of all candidates."""
         embedded = self.tables(batch.request, batch.candidate, batch.sequence)
-        plain = Plain(
-            batch.request_dense, batch.candidate_dense, batch.event_dense, batch.event_codes, batch.candidate_codes,
-            batch.event_time, batch.now, batch.start, batch.end, batch.offsets,
-        )  # fmt: skip
-        return self.dense(embedded, plain)
+        return self.dense(embedded, plain_of(batch))

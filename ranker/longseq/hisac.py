@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from ranker.longseq.protocol import History, Probes, Target, latest
 from ranker.ops.attention import frozen_attention, window_attention, window_logsumexp
 from ranker.ops.jagged import log_bucket, offsets_of, segment_softmax, segment_sum
-from ranker.ops.votes import Agents, Leaves, history_leaves, keep_agents, keep_leaves, row_keys
+from ranker.ops.votes import Agents, Leaves, Nodes, history_leaves, keep_agents, keep_leaves, row_keys, tree_nodes
 
 ROUTINGS = ("items", "agents", "hard")
 SPACES = ("content", "codewords", "embedding")
+_PIECE = 512
+"""events whose routing weights are found at once"""
 
 
 class HiSACMemory(NamedTuple):
@@ -145,7 +147,26 @@ class HiSAC(nn.Module):
         """For a picture, of a history of one request: the events that voted `[P']`, and what share each has in each
         agent's representation `[A, P']`. Rows sum to 1 (or are 0: a hard agent nearest to no event)."""
         leaves = self._leaves(history)
-        return leaves.event, self._represent(history, leaves, agents, torch.eye(leaves.event.numel()).to(history.x))
+        vote = torch.arange(leaves.event.numel(), device=history.x.device)
+        # Σ_i α_{a,i} of events that are columns of the identity; in pieces, for it would be P' × P'
+        shares = [
+            self._represent(history, leaves, agents, (vote.unsqueeze(1) == some).to(history.x.dtype))
+            for some in vote.split(_PIECE)
+        ]
+        return leaves.event, torch.cat(shares, 1)
+
+    @torch.jit.unused
+    def tree(self, history: History) -> list[Nodes]:
+        """For a picture: every node of each level with its votes, and whether an agent is it or below it."""
+        leaves = self._leaves(history)
+        agents = self._agents(leaves)
+        levels: list[Nodes] = []
+        for nodes in tree_nodes(leaves, self.keep):
+            codes = torch.cat([nodes.code, agents.code[:, : nodes.code.size(1)]])
+            keys = row_keys(torch.cat([nodes.request, agents.request]), codes)
+            kept = torch.isin(keys[: nodes.votes.numel()], keys[nodes.votes.numel() :])
+            levels.append(nodes._replace(kept=kept))
+        return levels
 
     def _leaves(self, history: History) -> Leaves:
         history = latest(history, self.length)

@@ -47,6 +47,23 @@ class HybridMemory(NamedTuple):
     event: Tensor
 
 
+class LayerGates(NamedTuple):
+    """One linear layer over the T' tokens of the long branch. gate: `[T', width]` g; erase: `[T', h]` ĝ β; dynamic: a,
+    the share of the gate that follows deviation and time."""
+
+    gate: Tensor
+    erase: Tensor
+    dynamic: float
+
+
+class HistoryGates(NamedTuple):
+    """decay: `[T']`, τ of each token, or with decay="state" what its state keeps of the state before; layers: each
+    linear layer, in order."""
+
+    decay: Tensor
+    layers: list[LayerGates]
+
+
 class HyTRec(nn.Module):
     """Hybrid branches over the latest `length` events (0: all).
 
@@ -176,17 +193,35 @@ class HyTRec(nn.Module):
         last = offsets[1:][offsets[1:] > offsets[:-1]] - 1
         return predict(x[last]) @ follow(items).t() / self.width**0.5
 
-    def _long(self, history: History, split: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
-        """The long branch: outputs `[T', width]`, S_L of every linear layer, and the offsets of its tokens."""
+    @torch.jit.unused
+    def gates(self, history: History) -> HistoryGates:
+        """What the linear layers do along time, request after request: for pictures."""
+        history = latest(history, self.length)
+        x, tokens = self._started(history, torch.maximum(history.start, history.end - self.short_length))
+        layers: list[LayerGates] = []
+        for layer in self.layers:
+            if isinstance(layer, Tadn):
+                writes = layer.writes(x, tokens)
+                layers.append(LayerGates(writes.gate, writes.erase, float(torch.sigmoid(layer.balance))))
+            x, _ = layer(x, tokens)
+        decay = tokens.tau if self.decay_by_age else tokens.log_decay.exp()
+        return HistoryGates(decay[:, 0], layers)
+
+    def _started(self, history: History, split: Tensor) -> tuple[Tensor, Tokens]:
+        """The long branch before its first layer."""
         long = compact(_between(history, history.start, split))
         offsets = offsets_of(long.end - long.start)
         x = self.event(long.x)
-        tokens = self._tokens(long, offsets, x)
+        return x, self._tokens(long, offsets, x)
+
+    def _long(self, history: History, split: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+        """The long branch: outputs `[T', width]`, S_L of every linear layer, and the offsets of its tokens."""
+        x, tokens = self._started(history, split)
         states: list[Tensor] = []
         for layer in self.layers:
             x, state = layer(x, tokens)
             states.append(state)
-        return self.long_norm(x), states, offsets
+        return self.long_norm(x), states, tokens.offsets
 
     def _tokens(self, long: History, offsets: Tensor, x: Tensor) -> Tokens:
         """Decays and deviations of the long branch's tokens."""

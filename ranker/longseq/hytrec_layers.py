@@ -30,6 +30,18 @@ class Tokens(NamedTuple):
     mean: RunningMeanPlan | None
 
 
+class Writes(NamedTuple):
+    """What a linear layer's tokens do to its state. q, k, v: `[T, h, d_head]`; erase, beta: `[T, h]` erase strength
+    ĝ β and write strength β; gate: `[T, width]` g."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    erase: Tensor
+    beta: Tensor
+    gate: Tensor
+
+
 def deviations(x: Tensor, tokens: Tokens) -> Tensor:
     """Δx_t: x_t less the mean of its sequence up to t, or less the token before (0 before the first): `[T, d]`."""
     mean = tokens.mean
@@ -81,8 +93,8 @@ class Tadn(nn.Module):
             dynamic = dynamic * tau
         return torch.lerp(torch.sigmoid(self.static(x)), dynamic, torch.sigmoid(self.balance))
 
-    def forward(self, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """States `[T, width]`; the new ones, and S_L `[R, h, dk, dv]`."""
+    def writes(self, x: Tensor, tokens: Tokens) -> Writes:
+        """Of token states `[T, width]`: step 4 up to the recurrence."""
         y = self.norm(x)
         deviation = deviations(y, tokens)
         g = self.gates(y, deviation, tokens.tau)
@@ -92,8 +104,13 @@ class Tadn(nn.Module):
         q, k = unit(qk.unflatten(1, [2, self.heads, -1])).unbind(1)
         v, beta = v.unflatten(1, [self.heads, -1]), torch.sigmoid(beta)
         erase = beta * g.unflatten(1, [self.heads, -1]).mean(2).clamp(min=self.least_gate)  # ĝ β
+        return Writes(q, k, v, erase, beta, g)
+
+    def forward(self, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """States `[T, width]`; the new ones, and S_L `[R, h, dk, dv]`."""
+        w = self.writes(x, tokens)
         log_decay = tokens.log_decay if tokens.log_decay.size(0) > 0 else None
-        o, state = delta_rule(q, k, v, erase, beta, log_decay, tokens.offsets, self.chunk)
+        o, state = delta_rule(w.q, w.k, w.v, w.erase, w.beta, log_decay, tokens.offsets, self.chunk)
         return self.feed_forward(x + self.out(o.flatten(1))), state
 
 
