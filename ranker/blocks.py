@@ -24,14 +24,6 @@ class BlockInput(NamedTuple):
     target: Target
 
 
-class BlockInput(NamedTuple):
-    """What a long-sequence method reads, see :mod:`ranker.longseq.protocol`."""
-
-    history: History
-    probes: Probes
-    target: Target
-
-
 class BlockOutput(NamedTuple):
     """out: `[N, out_dim]`, what each candidate reads; loss: the block's own, a scalar."""
 

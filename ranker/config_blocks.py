@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from features.schema import Strict
+
+
+def _dividing_width(heads: int, info: ValidationInfo) -> int:
+    width: int | None = info.data.get("width")  # none where it is wrong itself
+    if width is not None and width % heads:
+        raise ValueError(f"must divide width ({width})")
+    return heads
 
 
 class MeanConfig(Strict):
@@ -35,6 +42,9 @@ class UxSidConfig(Strict):
         description="the candidate's group: a feature that stands in features.sequence and in features.codes",
     )
     length: int = Field(default=0, ge=0, description="latest events; 0: all")
+    global_probe: bool = Field(default=True, description="false: no e_global")
+    local_probe: bool = Field(default=True, description="false: no anchors and no e_local")
+    gate: bool = True
     width: int = Field(default=16, ge=1, description="d, of everything inside and of the output")
     anchors: int = Field(default=16, ge=1, description="K, at most width")
     anchor_hidden: int = Field(default=32, ge=1, description="m, of each anchor's feed-forward net")
@@ -43,9 +53,23 @@ class UxSidConfig(Strict):
     age_buckets: int = Field(default=32, ge=0)
     ortho: Literal["frobenius", "row"] = Field(default="frobenius", description="how anchors' interests are normalised")
     ortho_weight: float = Field(default=0.1, ge=0, description="λ of the orthogonality loss; 0: off")
-    global_probe: bool = Field(default=True, description="false: no e_global")
-    local_probe: bool = Field(default=True, description="false: no anchors and no e_local")
-    gate: bool = True
+
+    _heads = field_validator("heads")(_dividing_width)
+
+    @field_validator("local_probe")
+    @classmethod
+    def _something_to_read(cls, local_probe: bool, info: ValidationInfo) -> bool:
+        if not (local_probe or info.data.get("global_probe", True)):
+            raise ValueError("global_probe is off too, and nothing would be left to read; turn one on")
+        return local_probe
+
+    @field_validator("anchors")
+    @classmethod
+    def _can_be_orthogonal(cls, anchors: int, info: ValidationInfo) -> int:
+        width: int | None = info.data.get("width")
+        if width is not None and anchors > width and info.data.get("local_probe", True):
+            raise ValueError(f"must be at most width ({width}), or no anchors' interests could be orthogonal")
+        return anchors
 
 
 class HiSacConfig(Strict):
@@ -95,6 +119,8 @@ class HyTrecConfig(Strict):
     window: int = Field(default=256, ge=0, description="events that a softmax layer sees; 0: all, at a cost of Σ L²")
     next_item_weight: float = Field(default=0.0, ge=0, description="of the loss of predicting the next event; 0: off")
     next_items: int = Field(default=8, ge=1, description="positions of a history that it is computed for, the latest")
+
+    _heads = field_validator("heads")(_dividing_width)
 
 
 LongConfig = Annotated[

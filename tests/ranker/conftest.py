@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,12 @@ from torch import Tensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from features.config_file import load_config
+from features.dataset import Dataset
 from features.prepare import prepare
 from features.schema import PrepareConfig
+from features.semantic_ids.apply import apply
+from features.semantic_ids.config import SidsConfig
+from features.semantic_ids.fit import fit
 from ranker import trainer as training
 from ranker.config import TrainConfig
 from ranker.evaluate import evaluate
@@ -112,6 +117,29 @@ def prepared(text: str, folder: Path, out: Path) -> None:
 def dataset(once: Once) -> Path:
     """Generated logs: 300 users, 40 items, every probability known."""
     return once("dataset", lambda out: prepared(LOGS, out, out))
+
+
+def sids_config(**changes: object) -> SidsConfig:
+    """Codes from behaviour: the small logs have nothing else."""
+    base = {
+        "content": [{"type": "behaviour", "dim": 4, "min_count": 1}],
+        "levels": [4, 4],
+        "version": "monday",
+        "report": {"pictures": False},
+    }
+    return SidsConfig.model_validate(base | changes)
+
+
+@pytest.fixture(scope="session")
+def coded(once: Once, dataset: Path) -> Path:
+    """The same with semantic IDs of two levels; their codebook lies beside it."""
+
+    def make(out: Path) -> None:
+        copy = Dataset(shutil.copytree(dataset, out / "dataset"))
+        codebook, _ = fit(sids_config(), copy, out / "codebook", lambda line: None)
+        apply(codebook, copy, lambda line: None)
+
+    return once("coded", make) / "dataset"
 
 
 @pytest.fixture(scope="session")

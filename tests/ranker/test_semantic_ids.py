@@ -16,36 +16,23 @@ import torch
 from features.dataset import Dataset
 from features.semantic_ids.apply import apply
 from features.semantic_ids.codebook import Codebook
-from features.semantic_ids.config import SidsConfig
 from features.semantic_ids.fit import fit
 from ranker.config import TrainConfig
 from ranker.evaluate import evaluate
 from ranker.export import export
 from ranker.run import Run, RunError
 from ranker.trainer import train
+from tests.ranker.conftest import sids_config
 
 ConfigOf = Callable[..., TrainConfig]
 FEATURES = ("features.candidate=[item, item.category, item.sid_path]", "features.sequence=[item, item.sid_1]")
 
 
-def config(**changes: object) -> SidsConfig:
-    """Codes from behaviour: the small logs have nothing else."""
-    base = {
-        "content": [{"type": "behaviour", "dim": 4, "min_count": 1}],
-        "levels": [4, 4],
-        "version": "monday",
-        "report": {"pictures": False},
-    }
-    return SidsConfig.model_validate(base | changes)
-
-
 @pytest.fixture
-def coded(dataset: Path, tmp_path: Path) -> Path:
-    """The small dataset with codes."""
-    copy = shutil.copytree(dataset, tmp_path / "dataset")
-    codebook, _ = fit(config(), Dataset(copy), tmp_path / "codebook", lambda line: None)
-    apply(codebook, Dataset(copy), lambda line: None)
-    return copy
+def coded(coded: Path, tmp_path: Path) -> Path:
+    """A copy to change of the small dataset with codes, and of their codebook."""
+    shutil.copytree(coded.with_name("codebook"), tmp_path / "codebook")
+    return shutil.copytree(coded, tmp_path / "dataset")
 
 
 def trained_on(coded: Path, config_of: ConfigOf, out: Path, *more: str) -> Path:
@@ -77,7 +64,7 @@ def test_the_tables_have_a_row_for_each_code_and_prefix(
 
 def test_another_codebook_is_refused_by_name(coded: Path, config_of: ConfigOf, tmp_path: Path):
     run = trained_on(coded, config_of, tmp_path / "run")
-    other, _ = fit(config(seed=1, version="tuesday"), Dataset(coded), tmp_path / "other", lambda line: None)
+    other, _ = fit(sids_config(seed=1, version="tuesday"), Dataset(coded), tmp_path / "other", lambda line: None)
     apply(other, Dataset(coded), lambda line: None)
     with pytest.raises(
         RunError, match=r"semantic IDs 'sid': .* trained with version monday \(.*\), the dataset has version tuesday"
@@ -89,14 +76,14 @@ def test_another_codebook_is_refused_by_name(coded: Path, config_of: ConfigOf, t
 
 def test_the_same_codebook_under_another_label_is_the_same(coded: Path, config_of: ConfigOf, tmp_path: Path):
     run = trained_on(coded, config_of, tmp_path / "run")
-    relabelled, _ = fit(config(version="tuesday"), Dataset(coded), tmp_path / "other", lambda line: None)
+    relabelled, _ = fit(sids_config(version="tuesday"), Dataset(coded), tmp_path / "other", lambda line: None)
     apply(relabelled, Dataset(coded), lambda line: None)
     assert Run(run).dataset().manifest.codebooks["sid"].version == "tuesday"
 
 
 def test_a_run_that_reads_no_codes_does_not_mind(coded: Path, config_of: ConfigOf, tmp_path: Path):
     train(config_of(f"dataset={coded}", "training.max_steps=2"), tmp_path / "run")
-    other, _ = fit(config(seed=1), Dataset(coded), tmp_path / "other", lambda line: None)
+    other, _ = fit(sids_config(seed=1), Dataset(coded), tmp_path / "other", lambda line: None)
     apply(other, Dataset(coded), lambda line: None)
     Run(tmp_path / "run").dataset()
 
