@@ -122,7 +122,7 @@ def dataset(once: Once) -> Path:
 def sids_config(**changes: object) -> SidsConfig:
     """Codes from behaviour: the small logs have nothing else."""
     base = {
-        "content": [{"type": "behaviour", "dim": 4, "min_count": 1}],
+        "content": [{"type": "behaviour", "dim": 8, "min_count": 1}],
         "levels": [4, 4],
         "version": "monday",
         "report": {"pictures": False},

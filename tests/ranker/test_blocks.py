@@ -1,0 +1,268 @@
+"""UxSID, HiSAC and HyTRec in the ranker, by config: they learn, resume, are exported; what cannot fit is refused."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from features.batch import RequestBatch, from_tensors
+from features.collate import assemble, nothing
+from features.config_file import ConfigError, load_config
+from features.dataset import Dataset
+from features.errors import UserError
+from features.selection import resolve
+from ranker.config import TrainConfig
+from ranker.export import export, inputs_of
+from ranker.model import Ranker
+from ranker.predict import scoring_loader, selection_of
+from ranker.ranks import Ranks
+from ranker.run import Run, codewords_of
+from ranker.towers import esmm_loss
+from ranker.trainer import train
+from tests.ranker.test_export import SERVER
+
+ConfigOf = Callable[..., TrainConfig]
+Scalars = Callable[[Path], dict[str, dict[int, float]]]
+Read = Callable[[Path], dict[str, Tensor]]
+ALONE = Ranks(0, 1, 1, torch.device("cpu"))
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+CODES = ("features.sequence=[item, item.sid_1]", "features.codes=[item.sid_1, item.sid_2]")
+UXSID = "{type: uxsid, width: 8, anchors: 4, anchor_hidden: 8, gate_hidden: 8}"
+HISAC = "{type: hisac, keep: [3, 2], head_dim: 4}"
+HYTREC = "{type: hytrec, width: 8, layers: 2, ratio: 1, short_length: 10}"
+NEXT = "{type: hytrec, width: 8, layers: 2, ratio: 1, short_length: 10, next_item_weight: 0.1}"
+BLOCKS = {"uxsid": UXSID, "hisac": HISAC, "hytrec": HYTREC, "all three": f"{UXSID}, {HISAC}, {HYTREC}"}
+ALL = BLOCKS["all three"]
+
+
+def options_of(root: Path, blocks: str, *more: str) -> tuple[str, ...]:
+    return (f"dataset={root}", *CODES, f"model.long=[{blocks}]", "model.short=null", *more)
+
+
+def built(config: TrainConfig) -> Ranker:
+    """Untrained and unsharded."""
+    data = Dataset(config.dataset)
+    torch.manual_seed(0)
+    return Ranker(resolve(config.features, data.manifest), config, {}, codewords_of(config, data), torch.device("cpu"))
+
+
+def batches_of(config: TrainConfig) -> tuple[RequestBatch, RequestBatch]:
+    """A batch of the test split, and what a rank is fed when its own have run out."""
+    data = Dataset(config.dataset)
+    spec = resolve(config.features, data.manifest)
+    selection = selection_of(config, data, spec)
+    empty = from_tensors(spec, assemble([nothing(selection)], selection))
+    return next(scoring_loader(config, data, "test", selection, ALONE).batches()), empty
+
+
+def loss_of(model: Ranker, batch: RequestBatch) -> Tensor:
+    """As in a step of training."""
+    scores = model.train()(batch)
+    return esmm_loss(scores.logits, batch.labels).sum() / max(batch.candidates, 1) + scores.auxiliary
+
+
+@pytest.mark.parametrize("blocks", BLOCKS)
+def test_it_learns_and_is_exported(config_of: ConfigOf, coded: Path, tmp_path: Path, scalars: Scalars, blocks: str):
+    steps = ("loader.requests=16", "training.max_steps=60", "training.log_every=10", "training.validation_split=null")
+    train(config_of(*options_of(coded, BLOCKS[blocks], *steps)), tmp_path / "run")
+    found = scalars(tmp_path / "run")
+    losses = list(found["loss/ctr"].values())
+    assert losses[-1] < 0.95 * losses[0]
+    assert (found["loss/auxiliary"][10] > 0) == ("uxsid" in BLOCKS[blocks])
+    assert export(tmp_path / "run", tmp_path / "export") <= 1e-5
+    if blocks == "all three":
+        scored_elsewhere(Run(tmp_path / "run"), tmp_path / "export" / "ranker.pt", tmp_path / "requests.pt")
+
+
+def scored_elsewhere(run: Run, model: Path, aside: Path) -> None:
+    """The same scores in a process that imports torch and fbgemm_gpu alone."""
+    inputs = inputs_of(batches_of(run.config)[0])
+    torch.save((inputs, torch.jit.load(str(model))(**inputs)), aside)
+    command = [sys.executable, "-I", "-c", SERVER, str(model), str(aside)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.startswith("scored ")
+
+
+def logits_of(config: TrainConfig, candidates: int) -> Tensor:
+    """An untrained model's for the first candidates of the test split."""
+    data = Dataset(config.dataset)
+    spec = resolve(config.features, data.manifest)
+    model, found = built(config).eval(), torch.zeros(0, 2)
+    for batch in scoring_loader(config, data, "test", selection_of(config, data, spec), ALONE).batches():
+        found = torch.cat([found, model(batch).logits.detach()])
+        if len(found) >= candidates:
+            break
+    return found[:candidates]
+
+
+def test_a_request_alone_scores_as_in_a_batch(config_of: ConfigOf, coded: Path):
+    options = options_of(coded, ALL, "tables.init_scale=1")
+    together = logits_of(config_of(*options, "loader.requests=64"), 8 * 64)
+    alone = logits_of(config_of(*options, "loader.requests=1"), 8 * 64)
+    assert together.std() > 0.1
+    torch.testing.assert_close(alone, together, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("blocks", [UXSID, HISAC, HYTREC, NEXT])
+def test_a_batch_without_events_and_candidates_gives_the_same_parameters_a_gradient(
+    config_of: ConfigOf, coded: Path, blocks: str
+):
+    """Ranks average gradients parameter by parameter: one that has run out of requests must bring as many, all 0."""
+    # TorchRec's unsharded pooled tables cannot look up for no candidates at all, its sharded ones can
+    config = config_of(*options_of(coded, blocks), "features.candidate=[]", "features.dense=[]")
+    some, empty = batches_of(config)
+    given: list[set[str]] = []
+    for batch in (some, empty):
+        model = built(config)
+        loss_of(model, batch).backward()
+        given.append({name for name, p in model.dense.named_parameters() if p.grad is not None})
+        assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
+    assert given[0] == given[1]
+    assert any(name.startswith("long.") for name in given[0])
+    assert not any(p.grad.any() for p in model.dense.parameters() if p.grad is not None)
+
+
+def test_requests_without_events_score_as_by_themselves(config_of: ConfigOf, coded: Path):
+    """Every window emptied: finite scores, the same whatever was in it."""
+    config = config_of(*options_of(coded, ALL, "tables.init_scale=1"))
+    batch = batches_of(config)[0]
+    model = built(config).eval()
+    before = model(batch._replace(end=batch.start)).logits
+    other = batch._replace(end=batch.start, event_time=batch.event_time // 2, event_codes=batch.event_codes * 0)
+    assert bool(before.isfinite().all())
+    assert torch.equal(model(other).logits, before)
+
+
+def anchors_gradient(config_of: ConfigOf, root: Path, weight: float) -> Tensor:
+    config = config_of(*options_of(root, UXSID), f"model.long[0].ortho_weight={weight}")
+    model = built(config)
+    loss_of(model, batches_of(config)[0]).backward()
+    found = model.dense.long[0].block.compress.anchors.grad  # type: ignore[union-attr]
+    assert isinstance(found, Tensor)
+    return found
+
+
+def test_the_auxiliary_loss_is_trained_on_with_its_weight(config_of: ConfigOf, coded: Path):
+    without, once, twice = (anchors_gradient(config_of, coded, weight) for weight in (0.0, 1.0, 2.0))
+    assert (once - without).abs().max() > 1e-6
+    torch.testing.assert_close(twice - without, 2 * (once - without), rtol=1e-3, atol=1e-7)
+
+
+def test_auxiliary_losses_are_of_training_alone(config_of: ConfigOf, coded: Path):
+    config = config_of(*options_of(coded, f"{UXSID}, {NEXT}"))
+    batch, model = batches_of(config)[0], built(config)
+    both = model.train()(batch).auxiliary
+    assert float(model.eval()(batch).auxiliary) == 0
+    single = [built(config_of(*options_of(coded, block))).train() for block in (UXSID, NEXT)]
+    assert all(float(one(batch).auxiliary) > 0 for one in single)
+    assert float(both) > 0
+
+
+def test_resuming_is_as_if_never_interrupted(config_of: ConfigOf, coded: Path, tmp_path: Path, read_checkpoint: Read):
+    options = options_of(coded, UXSID, "training.validation_split=null", "training.checkpoint_every=4")
+    train(config_of(*options, "training.max_steps=8"), tmp_path / "whole")
+    train(config_of(*options, "training.max_steps=4"), tmp_path / "cut")
+    train(config_of(*options, "training.max_steps=8"), tmp_path / "cut", resume=True)
+    whole, cut = (read_checkpoint(Run(tmp_path / name).checkpoints()[-1]) for name in ("whole", "cut"))
+    assert whole.keys() == cut.keys()
+    assert any("anchors" in name for name in whole)
+    for name, value in whole.items():
+        assert torch.equal(cut[name], value), name
+
+
+def test_codewords_are_kept_with_the_state_and_not_trained(config_of: ConfigOf, coded: Path):
+    config = config_of(*options_of(coded, HISAC))
+    model = built(config)
+    levels = [torch.from_numpy(words) for words in Dataset(coded).codewords("sid")]
+    words = torch.cat([torch.cat([torch.zeros_like(level[:1]), level]) for level in levels])
+    assert torch.equal(model.state_dict()["dense.long.0.block.codewords"], words)
+    assert not any("codewords" in name for name, _ in model.named_parameters())
+
+
+REFUSED_BY_THE_DATA = {
+    "a probe that is no code": (
+        UXSID,
+        "features.codes=[item.sid_2]",
+        r"model.long\[0\].probe: 'item.sid_1' is not in features.codes, which has item.sid_2; add it there",
+    ),
+    "a probe without an embedding": (
+        f"{{type: mean}}, {UXSID}",
+        "features.sequence=[item, item.category]",
+        r"model.long\[1\].probe: 'item.sid_1' is not in features.sequence, which has item, item.category; add it there",
+    ),
+    "no codes at all": (
+        UXSID,
+        "features.codes=[]",
+        r"model.long\[0\].probe: 'item.sid_1' is not in features.codes, which has nothing",
+    ),
+    "another codebook": (
+        HISAC.replace("}", ", codebook: words}"),
+        "features.codes=[item.sid_1, item.sid_2]",
+        r"no semantic IDs 'words'; it has sid: run `ranker sids apply",
+    ),
+    "a level missing": (
+        HISAC,
+        "features.codes=[item.sid_1]",
+        r"model.long\[0\].codebook: 'sid' needs item.sid_2 in features.codes, which has item.sid_1; add what is",
+    ),
+    "keep of one level": (
+        "{type: hisac, keep: [9]}",
+        "features.codes=[item.sid_1, item.sid_2]",
+        r"model.long\[0\].keep: \[9\] has 1 numbers, the codebook 'sid' has 2 levels; give one for each",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_BY_THE_DATA)
+def test_what_does_not_fit_the_dataset_is_refused_by_its_key(
+    config_of: ConfigOf, coded: Path, tmp_path: Path, case: str
+):
+    blocks, features, message = REFUSED_BY_THE_DATA[case]
+    with pytest.raises(UserError, match=message):
+        train(config_of(*options_of(coded, blocks, features)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+REFUSED_AT_LOAD = {
+    "{type: uxsid, width: 8, anchors: 9, heads: 1}": (
+        r"model.long\[0\].anchors: got 9; must be at most width \(8\), or no anchors' interests could be orthogonal"
+    ),
+    "{type: uxsid, width: 9, anchors: 9}": r"model.long\[0\].heads: got 2; must divide width \(9\)",
+    "{type: mean}, {type: hytrec, width: 9}": r"model.long\[1\].heads: got 2; must divide width \(9\)",
+    "{type: uxsid, global_probe: false, local_probe: false}": (
+        r"model.long\[0\].local_probe: got False; global_probe is off too, .* turn one on"
+    ),
+    "{type: uxsid, ortho: column}": r"model.long\[0\].ortho: got 'column'; .*allowed: 'frobenius' or 'row'",
+    "{type: hisac, keep: [0, 1]}": r"model.long\[0\].keep\[0\]: got 0; must be greater than or equal to 1",
+    "{type: uxsd}": r"model.long\[0\].type: got 'uxsd'; did you mean 'uxsid'\? allowed: ",
+}
+
+
+@pytest.mark.parametrize("blocks", REFUSED_AT_LOAD)
+def test_what_cannot_work_is_refused_when_the_config_is_read(config_of: ConfigOf, blocks: str):
+    with pytest.raises(ConfigError, match=REFUSED_AT_LOAD[blocks]):
+        config_of(f"model.long=[{blocks}]")
+
+
+def test_without_anchors_their_number_does_not_matter(config_of: ConfigOf):
+    config = config_of("model.long=[{type: uxsid, width: 8, anchors: 16, local_probe: false}]")
+    assert config.history_length == 0
+
+
+@pytest.mark.parametrize("dataset", ["ml1m", "ebnerd", "kuairand", "synthetic"])
+@pytest.mark.parametrize("name", ["uxsid", "hisac", "hytrec", "all_three"])
+def test_the_configs_load(monkeypatch: pytest.MonkeyPatch, dataset: str, name: str):
+    monkeypatch.setenv("RANKER_DATA", "/data")
+    config = load_config(CONFIGS / dataset / f"{name}.yaml", TrainConfig)
+    expected = ["uxsid", "hisac", "hytrec"] if name == "all_three" else [name]
+    assert [block.type for block in config.model.long] == expected
+    assert config.model.short is not None
+    assert config.name == f"{dataset}-{name.replace('_', '-')}"
