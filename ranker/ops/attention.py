@@ -83,7 +83,9 @@ def window_attention(
     q_tile = (q_tile / math.sqrt(d)).permute(0, 2, 3, 1).flatten(1)  # [tiles, h · d · width]
     q_of = q_tile.index_select(0, plan.tile).view(units, heads, d, width).unbind(1)
     k_of = k.flatten(1).index_select(0, event).view(units, chunk, heads, d).unbind(2)
-    v_of = v.flatten(1).index_select(0, event).view(units, chunk, heads, v.size(2)).unbind(2)
+    v_of = k_of
+    if v is not k:  # keys that are values are gathered once
+        v_of = v.flatten(1).index_select(0, event).view(units, chunk, heads, v.size(2)).unbind(2)
     offset_of = offset.expand(units, chunk, heads).unbind(2)
     out: list[Tensor] = []
     for head in range(heads):
