@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 EXTRA ?= cpu
 WORKERS ?= 2
 INSTALLED := $(VENV)/.installed-$(EXTRA)
-DEMO_MODELS := mean din target_attention target_attention_sids
+DEMO_MODELS := din target_attention target_attention_sids
 
 .PHONY: venv check test demo clean
 

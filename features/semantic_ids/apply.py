@@ -17,9 +17,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from safetensors.numpy import save_file
 
-from features.dataset import MANIFEST, CodebookInfo, ColumnInfo, Dataset, Manifest, write_arrow
+from features.dataset import MANIFEST, CodebookInfo, ColumnInfo, Dataset, write_arrow
 from features.schema import Split
 from features.semantic_ids.codebook import Codebook
 from features.semantic_ids.coding import code_items
@@ -34,7 +33,8 @@ def apply(codebook: Codebook, dataset: Dataset, log: Callable[[str], None]) -> C
     """Code every item; codes of the same name are replaced.
 
     Raises:
-        SidsError: the dataset lacks what the content is made of, has other columns of these names, or is being changed.
+        SidsError: the dataset lacks what the content is made of, has other columns of these names, is being changed,
+            or cannot be written.
     """
     name = codebook.config.name
     with _alone(dataset.root):
@@ -48,34 +48,37 @@ def apply(codebook: Codebook, dataset: Dataset, log: Callable[[str], None]) -> C
                     f"`name` than {name!r} in the codebook's config"
                 )
         file = f"{FOLDER}/{name}-{codebook.content_hash[:12]}"
-        aside = dataset.root / FOLDER / f".{name}.partial-{os.getpid()}"
+        aside = dataset.root / FOLDER / ".partial"
+        shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed: no other is here now
         aside.mkdir(parents=True)
         try:
             coded = _write_codes(codebook, dataset, aside / "codes.arrow", log)
-            words = codebook.codewords()
-            save_file({f"level_{i}": w for i, w in enumerate(words, 1)}, aside / "codewords.safetensors")
+            codebook.write_codewords(aside / "codewords.safetensors")
             info = CodebookInfo(
                 version=codebook.version,
                 content_hash=codebook.content_hash,
                 levels=codebook.config.levels,
-                dim=words[0].shape[1],
+                dim=columns[f"{name}_vector"].dim,
                 file=file,
                 without_code=_without_code(dataset, coded),
             )
-            os.replace(aside / "codes.arrow", dataset.root / f"{file}.arrow")
-            os.replace(aside / "codewords.safetensors", dataset.root / f"{file}.safetensors")
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-        kept = {n: c for n, c in own.items() if c.codebook != name}
-        _replace_manifest(
-            dataset.root,
-            manifest.model_copy(
+            kept = {n: c for n, c in own.items() if c.codebook != name}
+            changed = manifest.model_copy(
                 update={
                     "columns": manifest.columns | {"item": kept | columns},
                     "codebooks": manifest.codebooks | {name: info},
                 }
-            ),
-        )
+            )
+            (aside / MANIFEST).write_text(changed.model_dump_json(indent=2) + "\n")
+            for path in aside.iterdir():
+                _sync(path)
+            os.replace(aside / "codes.arrow", dataset.root / f"{file}.arrow")
+            os.replace(aside / "codewords.safetensors", dataset.root / f"{file}.safetensors")
+            _sync(dataset.root / FOLDER)  # the manifest must not reach the disk before what it names
+            os.replace(aside / MANIFEST, dataset.root / MANIFEST)
+            _sync(dataset.root)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
         before = manifest.codebooks.get(name)
         if before is not None and before.file != file:
             for suffix in (".arrow", ".safetensors"):
@@ -136,23 +139,28 @@ def _without_code(dataset: Dataset, has_code: npt.NDArray[np.bool_]) -> dict[str
     return counts | {split: int((seen & ~has_code)[1:].sum()) for split, seen in shown.items()}
 
 
-def _replace_manifest(root: Path, manifest: Manifest) -> None:
-    aside = root / f".{MANIFEST}.{os.getpid()}"
-    with aside.open("w") as file:
-        file.write(manifest.model_dump_json(indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, root / MANIFEST)
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
 def _alone(root: Path) -> Generator[None]:
-    """Hold the dataset's lock: one process at a time changes its item table."""
-    folder = os.open(root, os.O_RDONLY)
+    """Hold the dataset's lock: one process at a time changes its item table. What the disk refuses is told."""
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+        folder = os.open(root, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+        finally:
+            os.close(folder)
     except BlockingIOError as error:
         raise SidsError(f"{root}: another process is applying semantic IDs to it; wait for it") from error
-    finally:
-        os.close(folder)
+    except OSError as error:
+        raise SidsError(
+            f"{error.filename or root}: cannot write semantic IDs ({error.strerror or error}); free space or correct "
+            "permissions, then run again"
+        ) from error

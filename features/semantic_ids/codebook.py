@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zipfile
+import zlib
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,7 +22,7 @@ from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from features.dataset import MANIFEST, Dataset
 from features.semantic_ids import quantizers
@@ -76,12 +78,16 @@ class Codebook:
         """`[K_l, dz]` of each level."""
         return [words.astype(np.float32, copy=False) for words in self.quantizer.codewords()]
 
+    def write_codewords(self, path: Path) -> None:
+        """A safetensors file of `level_1` … `level_M`."""
+        # not save_file(), whose errors are no OSError, and which leaves a file of another name when the disk is full
+        path.write_bytes(save({f"level_{i}": words for i, words in enumerate(self.codewords(), 1)}))
+
     def write(
         self, folder: Path, fitted_on: Dataset, fitted_items: int, versions: dict[str, str], git_commit: str | None
     ) -> None:
         """Write all but the report into an existing folder; the manifest last."""
-        words = self.codewords()
-        save_file({f"level_{i}": np.ascontiguousarray(w) for i, w in enumerate(words, 1)}, folder / CODEWORDS)
+        self.write_codewords(folder / CODEWORDS)
         np.savez(folder / STATE, allow_pickle=False, **_state(self.content, self.quantizer))
         manifest = CodebookManifest(
             format_version=FORMAT_VERSION,
@@ -90,7 +96,7 @@ class Codebook:
             content_hash=self.content_hash,
             levels=self.config.levels,
             dim=self.content.dim,
-            codeword_dim=words[0].shape[1],
+            codeword_dim=self.codewords()[0].shape[1],
             fitted_on={"name": fitted_on.manifest.name, "content_hash": fitted_on.manifest.content_hash},
             fitted_items=fitted_items,
             versions=versions,
@@ -107,11 +113,16 @@ class Codebook:
             SidsError: not a codebook, one of another format, or one whose files are not what its manifest says.
         """
         manifest = read_manifest(folder)
-        config = SidsConfig.model_validate(manifest.config)
+        try:
+            config = SidsConfig.model_validate(manifest.config)
+        except ValidationError as error:
+            raise SidsError(
+                f"{folder / MANIFEST}: config: not one that this version reads ({error}); fit the codebook again"
+            ) from error
         try:
             with np.load(folder / STATE, allow_pickle=False) as file:
                 state = {name: file[name] for name in file.files}
-        except (OSError, ValueError, EOFError, KeyError) as error:
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
             raise SidsError(f"{folder / STATE}: unreadable ({error}); fit the codebook again") from error
         if (found := _hash(config, state)) != manifest.content_hash:
             raise SidsError(

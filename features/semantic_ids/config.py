@@ -83,7 +83,9 @@ class RqVaeConfig(Strict):
     """RQ-VAE: an autoencoder with residual quantisation in between (Lee et al. 2022; Rajput et al. 2023)."""
 
     type: Literal["rqvae"] = "rqvae"
-    hidden: list[int] = Field(default_factory=lambda: [128, 64], description="layers of the encoder, mirrored")
+    hidden: list[Annotated[int, Field(ge=1)]] = Field(
+        default_factory=lambda: [128, 64], description="widths of the encoder's layers, mirrored"
+    )
     latent: int = Field(default=32, ge=2, description="width of latent vectors and codewords")
     steps: int = Field(default=3_000, ge=1)
     batch: int = Field(default=1_024, ge=8)
@@ -151,8 +153,10 @@ class SidsConfig(Strict):
     version: str | None = Field(
         default=None, min_length=1, description="label of this fit, e.g. a date; default: the time of the fit, UTC"
     )
-    seed: int = 0
-    content: list[ContentPart] = Field(min_length=1, description="parts of the content vector, each of unit length")
+    seed: int = Field(default=0, description="of samples, starts and training: the same one gives the same codes")
+    content: list[ContentPart] = Field(
+        min_length=1, description="parts of the content vector, each scaled to its weight"
+    )
     levels: list[Annotated[int, Field(ge=2, le=1 << 20)]] = Field(
         min_length=1, max_length=8, description="codes of each level"
     )
@@ -162,7 +166,11 @@ class SidsConfig(Strict):
     path_buckets: int = Field(
         default=100_000, ge=2, description="rows of a table of SID prefixes; hashed where there are more prefixes"
     )
-    threads: int = Field(default=2, ge=1)
+    threads: int = Field(
+        default=2,
+        ge=1,
+        description="of fitting K-means; RQ-VAE and FSQ learn on one, and items are coded on OMP_NUM_THREADS",
+    )
     report: SidsReportConfig = Field(default_factory=SidsReportConfig)
 
     @model_validator(mode="after")

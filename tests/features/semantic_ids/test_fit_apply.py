@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +240,22 @@ class TestCodebook:
         with pytest.raises(SidsError, match="not the manifest of a codebook"):
             Codebook.open(of.root)
 
+    @pytest.mark.parametrize("damage", [lambda raw: raw[: len(raw) // 2], lambda raw: raw[:200] + b"?" + raw[201:]])
+    def test_a_state_cut_off_or_with_other_bytes_is_refused(self, tmp_path: Path, damage: Callable[[bytes], bytes]):
+        fitted(shop(tmp_path), tmp_path / "codebook")
+        path = tmp_path / "codebook" / "state.npz"
+        path.write_bytes(damage(path.read_bytes()))
+        with pytest.raises(SidsError, match=r"state.npz: unreadable .* fit the codebook again"):
+            Codebook.open(tmp_path / "codebook")
+
+    def test_a_config_that_this_version_does_not_read_is_refused(self, tmp_path: Path):
+        fitted(shop(tmp_path), tmp_path / "codebook")
+        path = tmp_path / "codebook" / "manifest.json"
+        raw = json.loads(path.read_text())
+        path.write_text(json.dumps(raw | {"config": raw["config"] | {"levels": [1]}}))
+        with pytest.raises(SidsError, match=r"manifest.json: config: not one .*levels.* fit the codebook again"):
+            Codebook.open(tmp_path / "codebook")
+
     def test_another_format_is_refused(self, tmp_path: Path):
         fitted(shop(tmp_path), tmp_path / "codebook")
         path = tmp_path / "codebook" / "manifest.json"
@@ -331,12 +347,29 @@ class TestApply:
             raise OSError(28, "No space left on device")
 
         with monkeypatch.context() as patch:
-            patch.setattr("features.semantic_ids.apply.save_file", full)
-            with pytest.raises(OSError, match="No space"):
+            patch.setattr("features.semantic_ids.apply.write_arrow", full)
+            with pytest.raises(SidsError, match=r"out: cannot write semantic IDs \(No space left .*free space"):
                 apply(second, of, silent)
         assert Dataset(of.root).manifest == before
         assert column(of, "sid_1") == codes
         assert not [p for p in (of.root / "semantic_ids").iterdir() if p.name.startswith(".")]
+
+    def test_what_a_killed_process_left_is_removed(self, tmp_path: Path):
+        of = shop(tmp_path)
+        left = of.root / "semantic_ids" / ".partial"
+        left.mkdir(parents=True)
+        (left / "codes.arrow").write_text("half")
+        apply(fitted(of, tmp_path / "1"), of, silent)
+        assert not left.exists()
+        assert len(column(of, "sid_1")) == 60
+
+    def test_a_place_that_cannot_be_written_is_named(self, tmp_path: Path):
+        of = shop(tmp_path)
+        codebook = fitted(of, tmp_path / "1")
+        (of.root / "semantic_ids").write_text("no folder")
+        with pytest.raises(SidsError, match=r"semantic_ids/\.partial: cannot write semantic IDs \(Not a directory\)"):
+            apply(codebook, of, silent)
+        assert Dataset(of.root).manifest == of.manifest
 
     def test_two_at_a_time_are_refused(self, tmp_path: Path):
         of = shop(tmp_path)
