@@ -107,6 +107,8 @@ def _write_codes(codebook: Codebook, dataset: Dataset, path: Path, log: Callable
     vectors_path = path.with_name("vectors.npy")
     dim = codebook.codewords()[0].shape[1]
     vectors = np.lib.format.open_memmap(vectors_path, "w+", np.float32, (items, dim))
+    with vectors_path.open("r+b") as file:  # a map of a full disk ends the process; this is an error that can be told
+        os.posix_fallocate(file.fileno(), 0, vectors_path.stat().st_size)
     for coded in code_items(codebook, dataset):
         codes[coded.rows] = coded.codes + 1
         paths[coded.rows] = prefixes.rows(coded.codes)

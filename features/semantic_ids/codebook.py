@@ -80,7 +80,7 @@ class Codebook:
 
     def write_codewords(self, path: Path) -> None:
         """A safetensors file of `level_1` … `level_M`."""
-        # not save_file(), whose errors are no OSError, and which leaves a file of another name when the disk is full
+        # not save_file(), whose errors are no OSError
         path.write_bytes(save({f"level_{i}": words for i, words in enumerate(self.codewords(), 1)}))
 
     def write(
@@ -116,8 +116,9 @@ class Codebook:
         try:
             config = SidsConfig.model_validate(manifest.config)
         except ValidationError as error:
+            wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
             raise SidsError(
-                f"{folder / MANIFEST}: config: not one that this version reads ({error}); fit the codebook again"
+                f"{folder / MANIFEST}: config: this version cannot read {wrong}; fit the codebook again"
             ) from error
         try:
             with np.load(folder / STATE, allow_pickle=False) as file:

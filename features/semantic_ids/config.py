@@ -169,7 +169,7 @@ class SidsConfig(Strict):
     threads: int = Field(
         default=2,
         ge=1,
-        description="of fitting K-means; RQ-VAE and FSQ learn on one, and items are coded on OMP_NUM_THREADS",
+        description="of fitting K-means; RQ-VAE and FSQ learn on one, and items are coded on OMP_NUM_THREADS, or all",
     )
     report: SidsReportConfig = Field(default_factory=SidsReportConfig)
 

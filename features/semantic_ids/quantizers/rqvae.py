@@ -4,9 +4,9 @@
     loss = ‖x − x̂‖² + β Σ_l ‖r_{l−1} − sg[c_{l,k_l}]‖²   where codewords learn by EMA,
          + Σ_l ‖sg[r_{l−1}] − c_{l,k_l}‖²                where they learn by loss
 
-sg stops gradients; EMA: codewords follow the means of the latent vectors they stand for. Gradients pass straight through
-every level, so that z gets those of q M times; where codewords learn by loss, commitment moves them too, at β. Both are
-vector-quantize-pytorch's, as are EMA and the revival of dead codes; the start of the codewords is ours.
+sg stops gradients; EMA: codewords follow the means of the latent vectors they stand for. Gradients go straight
+through every level, so that z gets those of q M times; where codewords learn by loss, commitment moves them too, at β.
+Both are vector-quantize-pytorch's, as are EMA and the revival of dead codes; the start of the codewords is ours.
 """
 
 from __future__ import annotations

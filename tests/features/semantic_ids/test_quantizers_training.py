@@ -166,3 +166,8 @@ def test_the_collaborative_loss_makes_codes_agree_with_behaviour_that_content_do
 def test_diversity_with_codewords_that_learn_by_ema_is_an_error() -> None:
     with pytest.raises(ValidationError, match=r"letter\.diversity: 0\.1 .*'ema'; set codewords: loss"):
         RqVaeConfig(letter=LetterConfig(diversity=0.1))
+
+
+def test_a_layer_without_width_is_an_error() -> None:
+    with pytest.raises(ValidationError, match=r"hidden\.1"):
+        RqVaeConfig(hidden=[64, 0])
