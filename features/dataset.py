@@ -151,7 +151,7 @@ def write_arrow(table: pa.Table, path: Path) -> None:
         writer.write_batch(batch)
 
 
-def read_arrow(path: Path) -> pa.RecordBatch:
+def read_arrow(path: Path, made_by: str = "ranker prepare") -> pa.RecordBatch:
     """Memory-map a file of :func:`write_arrow`; columns are views of the map.
 
     Raises:
@@ -161,9 +161,9 @@ def read_arrow(path: Path) -> pa.RecordBatch:
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
         batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
     except (OSError, pa.ArrowInvalid) as error:
-        raise DatasetError(f"{path}: unreadable ({error}); run `ranker prepare` again") from error
+        raise DatasetError(f"{path}: unreadable ({error}); run `{made_by}` again") from error
     if len(batches) != 1:
-        raise DatasetError(f"{path}: {len(batches)} record batches, expected 1; run `ranker prepare` again")
+        raise DatasetError(f"{path}: {len(batches)} record batches, expected 1; run `{made_by}` again")
     return batches[0]
 
 
@@ -210,7 +210,7 @@ class Dataset:
         items = read_arrow(self.root / "items.arrow")
         for info in self.manifest.codebooks.values():
             path = self.root / f"{info.file}.arrow"
-            codes = read_arrow(path)
+            codes = read_arrow(path, "ranker sids apply")
             if codes.num_rows != items.num_rows:
                 raise DatasetError(
                     f"{path}: {codes.num_rows} rows, the item table has {items.num_rows}; run `ranker sids apply` again"

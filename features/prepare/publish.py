@@ -41,7 +41,7 @@ def staging(out: Path) -> Generator[tuple[Path, Path]]:
             if out.exists():
                 raise PrepareError(f"{out}: has appeared meanwhile; choose another output folder")
             dataset.rename(out)
-            _sync_path(out.parent)
+            sync_path(out.parent)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
             if lock is not None:
@@ -75,10 +75,10 @@ def _lock(folder: Path) -> int | None:
 
 def _sync(folder: Path) -> None:
     for path in [*folder.rglob("*"), folder]:
-        _sync_path(path)
+        sync_path(path)
 
 
-def _sync_path(path: Path) -> None:
+def sync_path(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from features.dataset import MANIFEST, CodebookInfo, ColumnInfo, Dataset, write_arrow
+from features.prepare.publish import sync_path
 from features.schema import Split
 from features.semantic_ids.codebook import Codebook
 from features.semantic_ids.coding import code_items
@@ -71,12 +72,12 @@ def apply(codebook: Codebook, dataset: Dataset, log: Callable[[str], None]) -> C
             )
             (aside / MANIFEST).write_text(changed.model_dump_json(indent=2) + "\n")
             for path in aside.iterdir():
-                _sync(path)
+                sync_path(path)
             os.replace(aside / "codes.arrow", dataset.root / f"{file}.arrow")
             os.replace(aside / "codewords.safetensors", dataset.root / f"{file}.safetensors")
-            _sync(dataset.root / FOLDER)  # the manifest must not reach the disk before what it names
+            sync_path(dataset.root / FOLDER)  # the manifest must not reach the disk before what it names
             os.replace(aside / MANIFEST, dataset.root / MANIFEST)
-            _sync(dataset.root)
+            sync_path(dataset.root)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
         before = manifest.codebooks.get(name)
@@ -139,14 +140,6 @@ def _without_code(dataset: Dataset, has_code: npt.NDArray[np.bool_]) -> dict[str
             seen[candidates.values[candidates.offsets[first] : candidates.offsets[last]]] = True
     counts = {"items": int((~has_code[1:]).sum())}
     return counts | {split: int((seen & ~has_code)[1:].sum()) for split, seen in shown.items()}
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

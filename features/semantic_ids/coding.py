@@ -9,6 +9,7 @@ import numpy as np
 
 from features.dataset import Dataset
 from features.semantic_ids.codebook import Codebook
+from features.semantic_ids.content.protocol import Read
 from features.semantic_ids.errors import SidsError
 from features.semantic_ids.quantizers.protocol import Codes, Floats
 from features.views import Ints
@@ -26,13 +27,16 @@ class Coded(NamedTuple):
     space: Floats
 
 
-def code_items(codebook: Codebook, dataset: Dataset) -> Iterator[Coded]:
+def code_items(codebook: Codebook, dataset: Dataset, read: Read | None = None) -> Iterator[Coded]:
     """All items of the dataset in the order of their rows, `chunk` at a time; row 0, the reserved item, has no content.
+
+    Args:
+        read: the codebook's content opened on this dataset, where that has been done.
 
     Raises:
         SidsError: the dataset lacks what the content is made of, or the encoder gave vectors that are not finite.
     """
-    read = codebook.content.open(dataset)
+    read = read or codebook.content.open(dataset)
     for first in range(0, dataset.manifest.items, codebook.config.chunk):
         last = min(first + codebook.config.chunk, dataset.manifest.items)
         rows = np.arange(max(first, 1), last)

@@ -19,6 +19,7 @@ from features.semantic_ids.codebook import Codebook
 from features.semantic_ids.coding import code_items
 from features.semantic_ids.config import RqVaeConfig, SidsConfig
 from features.semantic_ids.content import Content
+from features.semantic_ids.content.protocol import Read
 from features.semantic_ids.errors import SidsError
 from features.semantic_ids.quantizers.protocol import Floats
 from features.semantic_ids.report import SidsReport
@@ -36,10 +37,12 @@ def fit(config: SidsConfig, dataset: Dataset, out: Path, log: Callable[[str], No
         UserError: `out` exists or cannot be written.
     """
     check_columns(config.report, dataset)
+    quantizers.check(config.quantizer, config.levels)
     with staging(out) as (folder, _):
         log(f"content of {dataset.manifest.items - 1:,} items")
         content = Content.fit(config.content, dataset, config.seed, log)
-        rows, vectors = _sample(config, dataset, content)
+        read = content.open(dataset)
+        rows, vectors = _sample(config, dataset, read)
         log(f"fitting {config.quantizer.type} to {len(rows):,} items × {content.dim}")
         quantizer = quantizers.fit(
             config.quantizer,
@@ -51,18 +54,17 @@ def fit(config: SidsConfig, dataset: Dataset, out: Path, log: Callable[[str], No
             collaborative=_collaborative(config, dataset, content, rows),
         )
         codebook = Codebook.of(config, content, quantizer)
-        report = judge(codebook, dataset, code_items(codebook, dataset), folder, log)
+        report = judge(codebook, dataset, code_items(codebook, dataset, read), folder, log)
         codebook.write(folder, dataset, len(rows), provenance.versions(PACKAGES), provenance.git_commit())
     return codebook, report
 
 
-def _sample(config: SidsConfig, dataset: Dataset, content: Content) -> tuple[Ints, Floats]:
+def _sample(config: SidsConfig, dataset: Dataset, read: Read) -> tuple[Ints, Floats]:
     """At most `sample` items that training knows and that have content: rows `[n]`, vectors `[n, d]`.
 
     Raises:
         SidsError: no item has content, or some content is not finite.
     """
-    read = content.open(dataset)
     known = 1 + np.random.default_rng(config.seed).permutation(dataset.manifest.known_items - 1)
     rows, vectors, wanted = list[Ints](), list[Floats](), config.sample
     for first in range(0, len(known), config.chunk):

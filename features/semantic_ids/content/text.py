@@ -128,7 +128,7 @@ def fit(config: TextPart, dataset: Dataset, seed: int, log: Log) -> Words:
     Raises:
         SidsError: a column is missing or of a kind without words, or no item has a word.
     """
-    counts = _sample(Terms(config, dataset), dataset.manifest.items, seed)
+    counts = _sample(Terms(config, dataset), dataset.manifest.known_items, seed)
     documents = np.bincount(counts.indices, minlength=config.buckets)
     items = len(counts.indptr) - 1
     buckets = documents.nonzero()[0]

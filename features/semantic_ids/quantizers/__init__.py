@@ -10,6 +10,16 @@ from features.semantic_ids.quantizers import kmeans_fsq, residual_kmeans, rqvae
 from features.semantic_ids.quantizers.protocol import Floats, Log, Quantizer, State
 
 
+def check(config: QuantizerConfig, levels: list[int]) -> None:
+    """Refuse, before any work, numbers of codes that the quantiser cannot make.
+
+    Raises:
+        SidsError: K-means with FSQ, and the last level's codes are no product of small factors.
+    """
+    if isinstance(config, KMeansFsqConfig) and config.fsq_levels is None:
+        kmeans_fsq.default_fsq_levels(levels[-1])
+
+
 def fit(
     config: QuantizerConfig,
     levels: list[int],

@@ -294,6 +294,13 @@ class TestBadInput:
         with pytest.raises(SidsError, match=r"report.columns\[0\]: 'item.grop' .* did you mean 'item.group'"):
             fitted(shop(tmp_path), tmp_path / "codebook", report={"columns": ["item.grop"]})
 
+    def test_codes_that_no_scalars_make_are_refused_before_any_work(self, tmp_path: Path):
+        said: list[str] = []
+        wrong = config(quantizer={"type": "kmeans_fsq"}, levels=[4, 34])
+        with pytest.raises(SidsError, match=r"quantizer.fsq_levels: 34 codes"):
+            fit(wrong, shop(tmp_path), tmp_path / "codebook", said.append)
+        assert said == []
+
     def test_a_dataset_without_the_content_column(self, tmp_path: Path):
         fitted(shop(tmp_path / "a"), tmp_path / "codebook")
         bare = dataset(tmp_path / "b", histories({1: [100, 101]}))
