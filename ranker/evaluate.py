@@ -13,6 +13,7 @@ from features.errors import UserError
 from features.schema import SPLITS, Split
 from features.selection import resolve
 from ranker import checkpoint
+from ranker.diagnostics import diagnose
 from ranker.model import Ranker
 from ranker.predict import predict, refuse_not_finite, scoring_loader, selection_of
 from ranker.ranks import Ranks, join_ranks
@@ -47,14 +48,16 @@ def evaluate(run_root: Path, split: Split = "test") -> Report | None:
     with join_ranks(config.training.device, config.training.threads, config.loader.workers) as ranks:
         selection = selection_of(config, dataset, resolve(config.features, dataset.manifest))
         loader = scoring_loader(config, dataset, split, selection, ranks)
-        predictions = predict(restore(run, ranks), loader, config, ranks, f"score {split}")
+        model = restore(run, ranks)
+        predictions = predict(model, loader, config, ranks, f"score {split}")
+        blocks = diagnose(model, dataset, split, selection, config, ranks)
     if predictions is None:
         return None
     refuse_not_finite(predictions)
     labels = (config.tasks.click, config.tasks.conversion)
     references = fit_references(dataset, config.training.splits, labels=labels)
     unknown = int(np.count_nonzero(predictions.item >= dataset.manifest.known_items))
-    report = make_report(predictions, split, unknown, references)
+    report = make_report(predictions, split, unknown, references, blocks=blocks)
     write_metrics(report, run.root / "metrics.json")
     print_report(report)
     return report

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from rich import box
@@ -39,6 +40,25 @@ _UNDEFINED = "–"
 Tasks = dict[Task, BinaryMetrics]
 
 
+class Figure(NamedTuple):
+    """A mean over so many of something; none where there is nothing to take it over."""
+
+    name: str
+    value: float | None
+    over: int
+    what: str
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """What a long-sequence block does, measured on a sample of requests (:mod:`ranker.diagnostics`)."""
+
+    name: str
+    kind: str
+    requests: int
+    figures: list[Figure]
+
+
 @dataclass(frozen=True)
 class Report:
     """Metrics of one split: of the model, of the references, and of the oracle where there is one."""
@@ -54,6 +74,7 @@ class Report:
     references: dict[str, Tasks] = field(default_factory=dict[str, Tasks])
     oracle: Tasks | None = None
     oracle_history: list[HistoryBucket] | None = None
+    blocks: list[BlockReport] = field(default_factory=list[BlockReport])
 
 
 def make_report(
@@ -62,6 +83,7 @@ def make_report(
     unknown_items: int = 0,
     references: References | None = None,
     edges: Sequence[int] = HISTORY_EDGES,
+    blocks: Sequence[BlockReport] = (),
 ) -> Report:
     """Measure `predictions`, those of all ranks (:func:`ranker.metrics.gather_predictions`).
 
@@ -79,6 +101,7 @@ def make_report(
         references=_measure_references(references, predictions) if references is not None else {},
         oracle=task_metrics(oracle) if oracle is not None else None,
         oracle_history=by_history_length(oracle, edges) if oracle is not None else None,
+        blocks=list(blocks),
     )
 
 
@@ -100,7 +123,14 @@ def metrics_json(report: Report) -> dict[str, object]:
     }
     if report.oracle is not None:
         content["oracle"] = _tasks_json(report.oracle)
+    if report.blocks:
+        content["blocks"] = [_block_json(block) for block in report.blocks]
     return content
+
+
+def _block_json(block: BlockReport) -> dict[str, object]:
+    figures = {f.name: {"value": f.value, "over": f.over, "what": f.what} for f in block.figures}
+    return {"block": block.name, "type": block.kind, "requests": block.requests, "figures": figures}
 
 
 def _history_json(model: list[HistoryBucket], oracle: list[HistoryBucket] | None) -> list[dict[str, object]]:
@@ -144,6 +174,8 @@ def print_report(report: Report, console: Console | None = None) -> None:
     console = console or Console()
     console.print(_task_table(report))
     console.print(_history_table(report))
+    if report.blocks:
+        console.print(_block_table(report.blocks))
     console.print(
         "UAUC: mean over users with both classes; WUAUC: weighted by impressions (= GAUC). "
         "CVR is on clicks. NE < 1: better than the mean label. calib.: sum of scores / positives.",
@@ -195,6 +227,23 @@ def _history_table(report: Report) -> Table:
                 cells.append(_cell(_value(attainable.tasks.get(task), "auc")))
             table.add_row(title, _interval(bucket), f"{measured.impressions:,}", *cells)
             title = ""
+        table.add_section()
+    return table
+
+
+def _block_table(blocks: list[BlockReport]) -> Table:
+    """One section a block; rows: its figures."""
+    title = f"What blocks do, on {blocks[0].requests:,} requests drawn from the first rank's share"
+    table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    table.add_column("block", no_wrap=True)
+    table.add_column("figure", no_wrap=True)
+    table.add_column("mean", justify="right", no_wrap=True)
+    table.add_column("over", no_wrap=True)
+    for block in blocks:
+        name = f"{block.name.removeprefix('model.')} {block.kind}"
+        for figure in block.figures:
+            table.add_row(name, figure.name, _cell(figure.value), f"{figure.over:,} {figure.what}")
+            name = ""
         table.add_section()
     return table
 
