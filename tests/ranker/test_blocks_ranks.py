@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from features.dataset import Dataset
 from ranker import checkpoint, ranks
 from ranker import trainer as training
 from ranker.config import TrainConfig
+from ranker.evaluate import evaluate
 from ranker.run import Run
 from ranker.trainer import train
 from tests.ranker.test_blocks import HISAC, HYTREC, NEXT, UXSID, options_of
@@ -48,6 +50,7 @@ def scenarios(model: Path, coded: Path, out: Path) -> None:
         train(load_config(model, TrainConfig, options), out / "two" / name, resume=True)
     uneven = options_of(coded, f"{UXSID}, {HISAC}, {NEXT}", *EVERY_STEP, *UNEVEN)
     train(load_config(model, TrainConfig, uneven), out / "uneven")
+    evaluate(out / "uneven")
     torch.distributed.barrier()
 
 
@@ -103,6 +106,16 @@ def test_a_rank_without_requests_left_goes_along(runs: Path, coded: Path, scalar
     assert batches[0] != batches[1]
     assert checkpoint.position_of(Run(runs / "uneven").checkpoints()[-1]).step == 2 * max(batches)
     assert all(np.isfinite(list(values.values())).all() for values in scalars(runs / "uneven").values())
+
+
+def test_the_first_rank_reports_its_blocks(runs: Path):
+    """Of tables that are on both ranks; the sample is of the first one's requests."""
+    found = json.loads((runs / "uneven" / "metrics.json").read_text())
+    assert [block["type"] for block in found["blocks"]] == ["uxsid", "hisac", "hytrec"]
+    for block in found["blocks"]:
+        assert 100 < block["requests"] < found["requests"]
+        assert all(figure["value"] is not None for figure in block["figures"].values())
+    assert found["blocks"][2]["figures"]["HR@10"]["what"] == "next items among 40"
 
 
 if __name__ == "__main__":
