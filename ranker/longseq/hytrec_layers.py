@@ -72,7 +72,7 @@ class FeedForward(nn.Module):
 
 
 class Tadn(nn.Module):
-    """Temporal-aware delta network, methods' steps 4 and 5: what a token writes is blended with its deviation from the
+    """Temporal-aware delta network: what a token writes is blended with its deviation from the
     past, more for recent events, and the state forgets what it knows of a key in proportion to the same gate."""
 
     def __init__(self, width: int, heads: int, feed_forward: int, chunk: int) -> None:
@@ -94,7 +94,7 @@ class Tadn(nn.Module):
         return torch.lerp(torch.sigmoid(self.static(x)), dynamic, torch.sigmoid(self.balance))
 
     def writes(self, x: Tensor, tokens: Tokens) -> Writes:
-        """Of token states `[T, width]`: step 4 up to the recurrence."""
+        """Of token states `[T, width]`: all up to the recurrence."""
         y = self.norm(x)
         deviation = deviations(y, tokens)
         g = self.gates(y, deviation, tokens.tau)

@@ -1,4 +1,4 @@
-"""HyTRec against loops over requests, layers, tokens and heads, written from the equations of methods.md."""
+"""HyTRec against loops over requests, layers, tokens and heads, written from the equations."""
 
 from __future__ import annotations
 
