@@ -114,6 +114,23 @@ def export(run: RunPath, out: Annotated[Path, typer.Option(help="folder to make"
 
 
 @app.command()
+def picture(
+    run: RunPath,
+    out: Annotated[Path, typer.Option(help="folder for the pictures")],
+    split: Annotated[Split, typer.Option(help="split of the dataset")] = "test",
+    request: Annotated[
+        int | None,
+        typer.Option(help="its place in the split; default: one with a long history and several semantic IDs"),
+    ] = None,
+) -> None:
+    """Draw what each UxSID, HiSAC and HyTRec block sees in the history of one request."""
+    ensure_versions()
+    from ranker.pictures import picture as draw
+
+    draw(run, out, split, request)
+
+
+@app.command()
 def compare(runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="evaluated runs")]) -> None:
     """Show the metrics of several runs side by side."""
     from ranker.compare import compare as show
