@@ -179,7 +179,11 @@ class Trainer:
         losses = esmm_loss(scores.logits, batch.labels)
         weights = torch.tensor([1.0, self.config.tasks.conversion_weight][: losses.numel()], device=losses.device)
         # ranks are averaged in the backward pass; times their number, this is the mean over all candidates
-        loss = (losses * weights).sum() * (self.ranks.world / max(candidates, 1.0)) + scores.auxiliary
+        loss = (losses * weights).sum() * (self.ranks.world / max(candidates, 1.0))
+        # each rank's is the mean over its requests with events, of which ranks have unlike numbers
+        read = float((batch.end > batch.start).sum())
+        auxiliary = scores.auxiliary * (read * self.ranks.world / max(self.ranks.total(read), 1.0))
+        loss = loss + auxiliary
         self.optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.dense_parameters, self.config.optimizer.clip_norm)
@@ -191,7 +195,7 @@ class Trainer:
         self.optimizer.step()
         self.position.step += 1
         self.window.losses += losses.detach()
-        self.window.auxiliary += scores.auxiliary.detach()
+        self.window.auxiliary += auxiliary.detach()
         self.window.steps += 1
         self.window.candidates += batch.candidates
         self.window.requests += batch.requests

@@ -99,7 +99,11 @@ class HiSAC(nn.Module):
         self.out_dim = heads * head_dim
         self.heads, self.keep, self.gamma, self.routing, self.z = heads, list(keep), gamma, routing, z
         self.voting, self.most_leaves, self.length, self.age_buckets = voting, most_leaves, length, age_buckets
-        scale = float(codewords[-1][1:].double().square().sum(1).mean()) if z != "embedding" else 1.0
+        scale = _mean_square(codewords[-1])
+        if z == "embedding":
+            scale = 1.0
+        elif scale < 1e-3 * _mean_square(codewords[0]):  # no content left for the last level: routing would be noise
+            scale = 1e-3 * _mean_square(codewords[0])
         self.temperature = temperature * (scale if scale > 0 else 1.0)
         # centred: a shift changes no distance, and near zero float32 loses less in 2 p·z − ‖z‖²
         self.register_buffer("centre", codewords[0][1:].mean(0))
@@ -246,6 +250,11 @@ class HiSAC(nn.Module):
         row = (code + self.first_code).flatten()
         words = self.codewords.index_select(0, row).view(code.size(0), code.size(1), self.centre.numel())
         return (words.sum(1) - self.centre).to(like.dtype)
+
+
+def _mean_square(level: Tensor) -> float:
+    """Mean squared norm of a level's codewords, the zero row apart."""
+    return float(level[1:].double().square().sum(1).mean())
 
 
 def _standardised(x: Tensor, request: Tensor, requests: int) -> Tensor:

@@ -202,7 +202,7 @@ class HyTRec(nn.Module):
         for layer in self.layers:
             if isinstance(layer, Tadn):
                 writes = layer.writes(x, tokens)
-                layers.append(LayerGates(writes.gate, writes.erase, float(torch.sigmoid(layer.balance))))
+                layers.append(LayerGates(writes.gate, writes.erase, float(torch.sigmoid(layer.balance.detach()))))
             x, _ = layer(x, tokens)
         decay = tokens.tau if self.decay_by_age else tokens.log_decay.exp()
         return HistoryGates(decay[:, 0], layers)

@@ -97,7 +97,7 @@ def weights_map(figure: Figure, axes: Axes, weights: Floats, rows: list[str]) ->
     count, events = weights.shape
     edges = bins_of(events, BINS)
     share = bin_means(weights * events, edges)
-    reach = float(np.clip(np.quantile(np.maximum(share, 1 / np.maximum(share, 1e-9)), 0.995), 2, 100))
+    reach = float(np.clip(np.quantile(share, 0.995), 2, 100))
     mesh = axes.pcolormesh(
         edges,
         np.arange(count + 1),

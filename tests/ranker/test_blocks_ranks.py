@@ -93,7 +93,6 @@ def test_two_ranks_train_the_three_blocks_as_one(runs: Path, scalars: Scalars, r
     same_training(runs, "without auxiliary", scalars, read_checkpoint)
 
 
-@pytest.mark.xfail(strict=True, reason="the trainer averages ranks' mean auxiliary losses whatever their requests")
 def test_two_ranks_train_with_the_auxiliary_loss_as_one(runs: Path, scalars: Scalars, read_checkpoint: Read):
     same_training(runs, "with auxiliary", scalars, read_checkpoint)
 
