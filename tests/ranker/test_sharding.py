@@ -28,7 +28,7 @@ ConfigOf = Callable[..., TrainConfig]
 def test_the_plan_holds_every_table(config_of: ConfigOf, dataset: Path):
     config = config_of()
     spec = resolve(config.features, Dataset(dataset).manifest)
-    model = build(spec, config, {})
+    model = build(spec, config, {}, {})
     tables = table_names(model)
     assert tables == {
         "request_user": "pooled", "request_user_device": "pooled",
@@ -47,7 +47,7 @@ def test_the_plan_holds_every_table(config_of: ConfigOf, dataset: Path):
 
 def test_an_impossible_sharding_names_the_keys(config_of: ConfigOf, dataset: Path):
     config = config_of("tables.pooled_sharding=[row_wise]")
-    model = build(resolve(config.features, Dataset(dataset).manifest), config, {})
+    model = build(resolve(config.features, Dataset(dataset).manifest), config, {}, {})
     message = r"no place for the tables under tables.pooled_sharding=\['row_wise'\], tables.sequence_sharding=\["
     with join_ranks("cpu", 1) as ranks, pytest.raises(ShardingError, match=message):
         shard(model, config.tables, ranks)
@@ -55,7 +55,7 @@ def test_an_impossible_sharding_names_the_keys(config_of: ConfigOf, dataset: Pat
 
 def test_a_table_left_out_of_the_plan_is_named(config_of: ConfigOf, dataset: Path, monkeypatch: pytest.MonkeyPatch):
     config = config_of()
-    model = build(resolve(config.features, Dataset(dataset).manifest), config, {})
+    model = build(resolve(config.features, Dataset(dataset).manifest), config, {}, {})
     monkeypatch.setattr("ranker.sharding.table_names", lambda model: {"request_user": "pooled", "lost": "pooled"})
     with join_ranks("cpu", 1) as ranks, pytest.raises(ShardingError, match=r"the plan leaves out lost under tables."):
         shard(model, config.tables, ranks)
@@ -81,7 +81,7 @@ def test_the_first_step_is_that_of_the_equations(
     options = (f"tables.optimizer={rule.__name__}", "tables.eps=1e-3", "tasks.conversion_weight=0.5")
     config = config_of(*options, "model.long=[{type: mean}, {type: target_attention}]")
     spec = resolve(config.features, Dataset(dataset).manifest)
-    run = SimpleNamespace(config=config, moments=dict)
+    run = SimpleNamespace(config=config, moments=dict, dataset=lambda: Dataset(dataset))
     with join_ranks("cpu", 1) as ranks:
         trainer = Trainer(config, Dataset(dataset), {}, ranks)
         literal: Ranker = unsharded(trainer.model, spec, run).train()  # type: ignore[arg-type]
@@ -90,7 +90,7 @@ def test_the_first_step_is_that_of_the_equations(
         trainer._step(batch, Progress("train", 1, shown=False))
         after = unsharded(trainer.model, spec, run).state_dict()  # type: ignore[arg-type]
 
-    losses = esmm_loss(literal(batch), batch.labels) / batch.candidates
+    losses = esmm_loss(literal(batch).logits, batch.labels) / batch.candidates
     (losses[0] + 0.5 * losses[1]).backward()
     tables = dict(literal.tables.named_parameters(prefix="tables"))
     for name, table in tables.items():
