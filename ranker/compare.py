@@ -45,9 +45,9 @@ def compare(runs: Sequence[Path], console: Console | None = None) -> None:
         told = "; ".join(f"{run}: {n:,} impressions of {split}" for run, (split, _, n, _) in measured.items())
         raise UserError(f"these runs were measured on different requests, which cannot be compared ({told})")
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
-    table.add_column("run", no_wrap=True)
+    table.add_column("run", overflow="fold")  # a long name takes two lines; a number is never cut
     for task, name in COLUMNS:
-        table.add_column(f"{task.upper()}\n{TITLES[name]}", justify="right", no_wrap=True)
+        table.add_column(f"{task.upper()}\n{TITLES[name]}", justify="right", no_wrap=True, min_width=6)
     for run, content in metrics.items():
         table.add_row(run.name, *_cells(content))
     table.add_section()

@@ -38,3 +38,11 @@ def test_refused(tmp_path: Path):
         compare([a, b])
     with pytest.raises(UserError, match="ranker evaluate"):
         compare([a, tmp_path / "c"])
+
+
+def test_no_number_is_cut_on_a_narrow_terminal(tmp_path: Path):
+    console = Console(record=True, width=80)
+    compare([write_run(tmp_path, "a_run_with_a_name_of_great_length", 0.61234)], console)
+    text = console.export_text()
+    assert "…" not in text
+    assert "0.6123" in text
