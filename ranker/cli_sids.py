@@ -33,10 +33,10 @@ def fit(
     """Fit a codebook to a dataset's items and judge it: errors, code usage, agreement with neighbours and behaviour."""
     from features.config_file import load_config
     from features.dataset import Dataset
+    from features.progress import log
     from features.semantic_ids.config import SidsConfig
     from features.semantic_ids.fit import fit as run
     from features.semantic_ids.report import render
-    from ranker.progress import log
 
     codebook, report = run(load_config(config, SidsConfig, set_ or ()), Dataset(dataset), out, log)
     console = Console()
@@ -52,10 +52,9 @@ def apply(codebook: CodebookPath, dataset: DatasetPath) -> None:
     from features.dataset import Dataset
     from features.semantic_ids.apply import apply as run
     from features.semantic_ids.codebook import Codebook
-    from ranker.progress import log
 
     opened = Codebook.open(codebook)
-    _print_coded(opened.config.name, run(opened, Dataset(dataset), log), Dataset(dataset).manifest.items - 1)
+    _print_coded(opened.config.name, run(opened, Dataset(dataset)), Dataset(dataset).manifest.items - 1)
 
 
 @app.command()
@@ -75,10 +74,13 @@ def show(codebook: CodebookPath) -> None:
 def _print_coded(name: str, info: CodebookInfo, items: int) -> None:
     """What was coded, and what was not."""
     console = Console()
-    table = Table("without a code", "items", title=f"{name} version {info.version}")
-    table.columns[1].justify = "right"
-    for where, count in info.without_code.items():
-        table.add_row("of all items" if where == "items" else f"of the candidates of {where}", f"{count:,}")
+    table = Table("without a code", "items", "impressions", "of all", title=f"{name} version {info.version}")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    table.add_row("all items", f"{info.without_code['items']:,}")
+    for split, (without, impressions) in info.impressions_without_code.items():
+        share = f"{without / max(impressions, 1):.1%}"
+        table.add_row(f"candidates of {split}", f"{info.without_code[split]:,}", f"{without:,}", share)
     console.print(table)
     coded = items - info.without_code["items"]
     columns = ", ".join(f"item.{name}_{part}" for part in (*range(1, len(info.levels) + 1), "path", "vector"))

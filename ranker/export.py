@@ -18,12 +18,12 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from features.batch import RequestBatch, names, sequence_keys
 from features.errors import UserError
+from features.progress import log
 from features.schema import Split
 from features.selection import Feature, FeatureSpec, resolve
 from ranker.evaluate import restore
 from ranker.model import Plain, Ranker
 from ranker.predict import scoring_loader, selection_of
-from ranker.progress import log
 from ranker.ranks import join_ranks
 from ranker.run import Run, codebooks_of, codewords_of, refuse_existing, versions, write_json
 from ranker.towers import esmm_probabilities

@@ -9,11 +9,11 @@ from torch import nn
 from features.dataset import Dataset
 from features.errors import UserError
 from features.loader import Loader, Selection
+from features.progress import Progress
 from features.schema import Split
 from features.selection import FeatureSpec
 from ranker.config import TrainConfig
 from ranker.metrics import Predictions, gather_predictions
-from ranker.progress import Progress
 from ranker.ranks import Ranks
 from ranker.towers import esmm_probabilities
 

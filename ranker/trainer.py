@@ -21,6 +21,7 @@ from features.dataset import Dataset
 from features.errors import UserError
 from features.loader import Loader, Selection
 from features.moments import dense_moments
+from features.progress import Progress, log
 from features.selection import FeatureSpec, resolve
 from ranker import checkpoint
 from ranker.blocks import Codewords
@@ -30,7 +31,6 @@ from ranker.doctor import ensure_healthy
 from ranker.metrics import Predictions, task_metrics
 from ranker.model import Moments, Ranker
 from ranker.predict import predict, refuse_not_finite, scoring_loader, selection_of
-from ranker.progress import Progress, log
 from ranker.ranks import Ranks, join_ranks
 from ranker.run import Run, codewords_of, refuse_existing
 from ranker.sharding import describe_plan, optimizer_of, shard

@@ -10,7 +10,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from features.views import Partition
 FOLDER = "semantic_ids"
 
 
-def apply(codebook: Codebook, dataset: Dataset, log: Callable[[str], None]) -> CodebookInfo:
+def apply(codebook: Codebook, dataset: Dataset) -> CodebookInfo:
     """Code every item; codes of the same name are replaced.
 
     Raises:
@@ -53,15 +53,17 @@ def apply(codebook: Codebook, dataset: Dataset, log: Callable[[str], None]) -> C
         shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed: no other is here now
         aside.mkdir(parents=True)
         try:
-            coded = _write_codes(codebook, dataset, aside / "codes.arrow", log)
+            coded = _write_codes(codebook, dataset, aside / "codes.arrow")
             codebook.write_codewords(aside / "codewords.safetensors")
+            items_without, impressions_without = _without_code(dataset, coded)
             info = CodebookInfo(
                 version=codebook.version,
                 content_hash=codebook.content_hash,
                 levels=codebook.config.levels,
                 dim=columns[f"{name}_vector"].dim,
                 file=file,
-                without_code=_without_code(dataset, coded),
+                without_code=items_without,
+                impressions_without_code=impressions_without,
             )
             kept = {n: c for n, c in own.items() if c.codebook != name}
             changed = manifest.model_copy(
@@ -99,7 +101,7 @@ def _columns(codebook: Codebook) -> dict[str, ColumnInfo]:
     return {**levels, f"{config.name}_path": path, f"{config.name}_vector": vector}
 
 
-def _write_codes(codebook: Codebook, dataset: Dataset, path: Path, log: Callable[[str], None]) -> npt.NDArray[np.bool_]:
+def _write_codes(codebook: Codebook, dataset: Dataset, path: Path) -> npt.NDArray[np.bool_]:
     """The new columns as one Arrow file; vectors go to disk as they come. Which items have a code, `[items]`."""
     config, items = codebook.config, dataset.manifest.items
     prefixes = Prefixes(config.levels, config.path_buckets)
@@ -114,12 +116,11 @@ def _write_codes(codebook: Codebook, dataset: Dataset, path: Path, log: Callable
         codes[coded.rows] = coded.codes + 1
         paths[coded.rows] = prefixes.rows(coded.codes)
         vectors[coded.rows] = coded.space
-        log(f"coded {coded.last:,} of {items:,} items")
     has_code = codes[:, 0] > 0
-    offsets = np.concatenate([[0], (has_code * len(config.levels)).cumsum()]).astype(np.int32)
+    offsets = np.concatenate([[0], (has_code * len(config.levels)).cumsum(dtype=np.int64)])
     name = f"item.{config.name}"
     table = {f"{name}_{level}": pa.array(codes[:, level - 1]) for level in range(1, len(config.levels) + 1)}
-    table[f"{name}_path"] = pa.ListArray.from_arrays(pa.array(offsets), pa.array(paths[has_code].ravel()))
+    table[f"{name}_path"] = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(paths[has_code].ravel()))
     table[f"{name}_vector"] = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), dim)
     write_arrow(pa.table(table), path)
     del table, vectors
@@ -127,19 +128,25 @@ def _write_codes(codebook: Codebook, dataset: Dataset, path: Path, log: Callable
     return has_code
 
 
-def _without_code(dataset: Dataset, has_code: npt.NDArray[np.bool_]) -> dict[str, int]:
-    """Items without a code: in all, and among the distinct candidates of each split."""
+def _without_code(
+    dataset: Dataset, has_code: npt.NDArray[np.bool_]
+) -> tuple[dict[str, int], dict[Split, tuple[int, int]]]:
+    """Items without a code, in all and among the distinct candidates of each split; and of each split's impressions,
+    those of such items, and all."""
     manifest = dataset.manifest
-    shown: dict[Split, npt.NDArray[np.bool_]] = {
-        split: np.zeros(manifest.items, np.bool_) for split in manifest.filled_splits()
-    }
+    splits = manifest.filled_splits()
+    shown: dict[Split, npt.NDArray[np.bool_]] = {split: np.zeros(manifest.items, np.bool_) for split in splits}
+    impressions: dict[Split, tuple[int, int]] = dict.fromkeys(splits, (0, 0))
     for number, info in enumerate(manifest.partitions):
         candidates = Partition(dataset, number).requests.lists("items")
-        for split, seen in shown.items():
+        for split in splits:
             first, last = info.requests[split]
-            seen[candidates.values[candidates.offsets[first] : candidates.offsets[last]]] = True
+            items = candidates.values[candidates.offsets[first] : candidates.offsets[last]]
+            shown[split][items] = True
+            without, total = impressions[split]
+            impressions[split] = without + int((~has_code[items]).sum()), total + items.size
     counts = {"items": int((~has_code[1:]).sum())}
-    return counts | {split: int((seen & ~has_code)[1:].sum()) for split, seen in shown.items()}
+    return counts | {split: int((seen & ~has_code)[1:].sum()) for split, seen in shown.items()}, impressions
 
 
 @contextmanager

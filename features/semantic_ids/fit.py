@@ -54,7 +54,7 @@ def fit(config: SidsConfig, dataset: Dataset, out: Path, log: Callable[[str], No
             collaborative=_collaborative(config, dataset, content, rows),
         )
         codebook = Codebook.of(config, content, quantizer)
-        report = judge(codebook, dataset, code_items(codebook, dataset, read), folder, log)
+        report = judge(codebook, dataset, code_items(codebook, dataset, read), folder)
         codebook.write(folder, dataset, len(rows), provenance.versions(PACKAGES), provenance.git_commit())
     return codebook, report
 

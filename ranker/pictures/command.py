@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from features.batch import from_tensors
 from features.errors import UserError
 from features.loader import Loader
+from features.progress import log
 from features.schema import Split
 from features.selection import resolve
 from ranker.blocks import Block
@@ -22,7 +23,6 @@ from ranker.pictures import hisac, hytrec, uxsid
 from ranker.pictures.canvas import save
 from ranker.pictures.shown import Shown, choose, show
 from ranker.predict import scoring_loader, selection_of
-from ranker.progress import log
 from ranker.ranks import Ranks, join_ranks
 from ranker.run import Run
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -137,7 +138,7 @@ def coded(once: Once, dataset: Path) -> Path:
     def make(out: Path) -> None:
         copy = Dataset(shutil.copytree(dataset, out / "dataset"))
         codebook, _ = fit(sids_config(), copy, out / "codebook", lambda line: None)
-        apply(codebook, copy, lambda line: None)
+        apply(codebook, copy)
 
     return once("coded", make) / "dataset"
 
@@ -227,11 +228,20 @@ def read_checkpoint() -> Callable[[Path], dict[str, Tensor]]:
 
 
 @pytest.fixture(scope="session")
-def scalars() -> Callable[[Path], dict[str, dict[int, float]]]:
-    """TensorBoard's scalars of a run: by tag, then step."""
+def scalars(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], dict[str, dict[int, float]]]:
+    """TensorBoard's scalars of a run: by tag, then step.
+
+    TensorBoard reads files in the order of their names, which end in process and counter. Two writers of one process in
+    one second, as only tests have them, may be named …9 and …10: the links put them in the order they were opened.
+    """
 
     def scalars(run: Path) -> dict[str, dict[int, float]]:
-        events = EventAccumulator(str(run / "tensorboard")).Reload()
+        links = tmp_path_factory.mktemp("tensorboard")
+        files = list((run / "tensorboard").iterdir())
+        files.sort(key=lambda file: [int(digits) for digits in re.findall(r"\d+", file.name)])
+        for number, file in enumerate(files):
+            (links / f"events.out.tfevents.{number:06}").symlink_to(file.resolve())
+        events = EventAccumulator(str(links)).Reload()
         return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
 
     return scalars

@@ -57,7 +57,7 @@ def run(once: Once, dataset: Path, config_of: ConfigOf) -> Path:
     def make(out: Path) -> None:
         coded = shutil.copytree(dataset, out.with_name("pictured_dataset"))
         codebook, _ = fit(SidsConfig.model_validate(SIDS), Dataset(coded), out.with_name("sids"), lambda line: None)
-        apply(codebook, Dataset(coded), lambda line: None)
+        apply(codebook, Dataset(coded))
         features = "features={sequence: [item, item.sid_1], codes: [item.sid_1, item.sid_2]}"
         train(config_of(f"dataset={coded}", features, f"model.long={BLOCKS}", "training.max_steps=6"), out)
 

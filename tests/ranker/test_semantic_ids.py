@@ -65,26 +65,26 @@ def test_the_tables_have_a_row_for_each_code_and_prefix(
 def test_another_codebook_is_refused_by_name(coded: Path, config_of: ConfigOf, tmp_path: Path):
     run = trained_on(coded, config_of, tmp_path / "run")
     other, _ = fit(sids_config(seed=1, version="tuesday"), Dataset(coded), tmp_path / "other", lambda line: None)
-    apply(other, Dataset(coded), lambda line: None)
+    apply(other, Dataset(coded))
     with pytest.raises(
         RunError, match=r"semantic IDs 'sid': .* trained with version monday \(.*\), the dataset has version tuesday"
     ):
         evaluate(run)
-    apply(Codebook.open(tmp_path / "codebook"), Dataset(coded), lambda line: None)
+    apply(Codebook.open(tmp_path / "codebook"), Dataset(coded))
     assert evaluate(run) is not None
 
 
 def test_the_same_codebook_under_another_label_is_the_same(coded: Path, config_of: ConfigOf, tmp_path: Path):
     run = trained_on(coded, config_of, tmp_path / "run")
     relabelled, _ = fit(sids_config(version="tuesday"), Dataset(coded), tmp_path / "other", lambda line: None)
-    apply(relabelled, Dataset(coded), lambda line: None)
+    apply(relabelled, Dataset(coded))
     assert Run(run).dataset().manifest.codebooks["sid"].version == "tuesday"
 
 
 def test_a_run_that_reads_no_codes_does_not_mind(coded: Path, config_of: ConfigOf, tmp_path: Path):
     train(config_of(f"dataset={coded}", "training.max_steps=2"), tmp_path / "run")
     other, _ = fit(sids_config(seed=1), Dataset(coded), tmp_path / "other", lambda line: None)
-    apply(other, Dataset(coded), lambda line: None)
+    apply(other, Dataset(coded))
     Run(tmp_path / "run").dataset()
 
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from features.dataset import Dataset
+from features.progress import Progress
 from features.selection import resolve
 from ranker.config import TrainConfig
 from ranker.embeddings import Tables
 from ranker.export import unsharded
 from ranker.model import Ranker
-from ranker.progress import Progress
 from ranker.ranks import join_ranks
 from ranker.sharding import ShardingError, describe_plan, shard, table_names
 from ranker.towers import esmm_loss

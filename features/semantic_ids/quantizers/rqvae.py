@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from vector_quantize_pytorch import ResidualVQ
 
+from features.progress import Progress
 from features.semantic_ids.config import RqVaeConfig
 from features.semantic_ids.quantizers import letter, residual
 from features.semantic_ids.quantizers.autoencoder import Autoencoder
@@ -79,16 +80,18 @@ def fit(
 
     On one thread whatever the machine has, as sums in another order would make other codes.
     """
-    with reproducibly(seed), residual.faiss_threads(1):
+    with reproducibly(seed), residual.faiss_threads(1), Progress("RQ-VAE", config.steps) as progress:
         training = _Training(config, levels, vectors, seed, collaborative)
         warm_up = int(config.steps * _WARM_UP)
         for _ in range(warm_up):
             training.step_alone()
+            progress.advance()
         training.start_codewords()
         for step in range(warm_up, config.steps):
             if config.letter.diversity > 0 and (step - warm_up) % _REGROUP_EVERY == 0:
                 training.regroup()
             training.step()
+            progress.advance()
             if (step + 1) % _LOG_EVERY == 0 or step + 1 == config.steps:
                 log(f"step {step + 1:,} of {config.steps:,}: {training.progress()}")
         codebooks = [codewords.detach().numpy().copy() for codewords in training.codewords()]

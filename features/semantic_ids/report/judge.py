@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +53,7 @@ def check_columns(config: SidsReportConfig, dataset: Dataset) -> None:
             )
 
 
-def judge(
-    codebook: Codebook, dataset: Dataset, coded: Iterator[Coded], folder: Path, log: Callable[[str], None]
-) -> SidsReport:
+def judge(codebook: Codebook, dataset: Dataset, coded: Iterator[Coded], folder: Path) -> SidsReport:
     """Write ``report.json``, plots and projector files into the codebook's folder; the report."""
     config, items = codebook.config.report, dataset.manifest.items
     meter = CodebookMeter(codebook.config.levels)
@@ -65,7 +63,6 @@ def judge(
         codes[some.rows] = some.codes
         meter.update(some.codes, some.vectors, partial_reconstructions(codebook.quantizer, some.codes))
         sample.add(some.rows, some.vectors)
-        log(f"judged {some.last:,} of {items:,} items")
     table = dataset.items()
     categories = {name: table.column(name).to_numpy(zero_copy_only=False) for name in config.columns}
     found = codes[:, 0] >= 0
@@ -85,7 +82,8 @@ def judge(
     (folder / REPORT).write_text(report.model_dump_json(indent=2) + "\n")
     if config.pictures:
         shown = {name: dataset.values_of(name, values[sample.rows]) for name, values in categories.items()}
-        _draw(meter, sample, codes[sample.rows], table.column("id"), shown, folder)
+        # counted from 1, as the item table has them
+        _draw(meter, sample, codes[sample.rows] + 1, table.column("id"), shown, folder)
     return report
 
 

@@ -89,20 +89,20 @@ class TestCodes:
 
     def test_items_of_one_group_share_the_first_code_and_no_other_group_has_it(self, tmp_path: Path):
         of = shop(tmp_path)
-        apply(fitted(of, tmp_path / "codebook"), of, silent)
+        apply(fitted(of, tmp_path / "codebook"), of)
         first, groups = column(of, "sid_1"), column(of, "group")
         assert len(set(zip(first, groups, strict=True))) == GROUPS == len(set(first))
         assert min(first) >= 1
 
     def test_the_path_is_the_bag_of_the_codes_prefixes(self, tmp_path: Path):
         of = shop(tmp_path)
-        apply(fitted(of, tmp_path / "codebook"), of, silent)
+        apply(fitted(of, tmp_path / "codebook"), of)
         codes = np.array([column(of, "sid_1"), column(of, "sid_2")]).T - 1
         assert column(of, "sid_path") == Prefixes([GROUPS, 4], 100_000).rows(codes).tolist()
 
     def test_the_sum_of_an_items_codewords_is_near_its_vector(self, tmp_path: Path):
         of = shop(tmp_path)
-        apply(fitted(of, tmp_path / "codebook"), of, silent)
+        apply(fitted(of, tmp_path / "codebook"), of)
         of = Dataset(of.root)
         words = of.codewords("sid")
         assert [w.shape for w in words] == [(GROUPS, DIM), (4, DIM)]
@@ -113,32 +113,33 @@ class TestCodes:
     def test_codewords_in_dataset_and_codebook_are_the_same(self, tmp_path: Path):
         of = shop(tmp_path)
         codebook = fitted(of, tmp_path / "codebook")
-        apply(codebook, of, silent)
+        apply(codebook, of)
         saved = load_file(tmp_path / "codebook" / "codewords.safetensors")
         for level, words in enumerate(Dataset(of.root).codewords("sid"), 1):
             np.testing.assert_array_equal(words, saved[f"level_{level}"])
 
     def test_items_without_content_have_the_reserved_code_and_are_counted(self, tmp_path: Path):
         of = shop(tmp_path, without=(100, 107, 133))
-        info = apply(fitted(of, tmp_path / "codebook"), of, silent)
+        info = apply(fitted(of, tmp_path / "codebook"), of)
         without = [i for i, code in zip(range(100, 160), column(of, "sid_1"), strict=True) if code == 0]
         assert without == [100, 107, 133]
         assert column(of, "sid_2")[0] == 0
         assert column(of, "sid_path")[0] == []
         assert column(of, "sid_vector")[0] == [0.0] * DIM
         assert info.without_code == {"items": 3, "train": 1}  # both requests show item 100
+        assert info.impressions_without_code == {"train": (2, 2)}
 
     def test_the_reserved_item_has_no_code(self, tmp_path: Path):
         of = shop(tmp_path)
-        apply(fitted(of, tmp_path / "codebook"), of, silent)
+        apply(fitted(of, tmp_path / "codebook"), of)
         assert Dataset(of.root).items().column("item.sid_1")[0].as_py() == 0
 
     def test_coding_in_chunks_changes_nothing(self, tmp_path: Path):
         of, other = shop(tmp_path / "a"), shop(tmp_path / "b")
         whole = fitted(of, tmp_path / "whole")
         pieces = fitted(other, tmp_path / "pieces", chunk=7)
-        apply(whole, of, silent)
-        apply(pieces, other, silent)
+        apply(whole, of)
+        apply(pieces, other)
         assert whole.content_hash == pieces.content_hash
         for name in ("sid_1", "sid_2", "sid_path", "sid_vector"):
             assert column(of, name) == column(other, name)
@@ -150,7 +151,7 @@ class TestNewItems:
     def test_are_coded_without_a_new_fit(self, tmp_path: Path):
         codebook = fitted(shop(tmp_path / "before"), tmp_path / "codebook")
         later = shop(tmp_path / "later", ids=range(100, 190), seed=1)
-        apply(Codebook.open(tmp_path / "codebook"), later, silent)
+        apply(Codebook.open(tmp_path / "codebook"), later)
         first, groups = column(later, "sid_1"), column(later, "group")
         assert len(set(zip(first, groups, strict=True))) == GROUPS
         assert Dataset(later.root).manifest.codebooks["sid"].content_hash == codebook.content_hash
@@ -173,7 +174,7 @@ class TestNewItems:
         words = [fitted(of, tmp_path / f"{of.root.parent.name}.codebook").codewords() for of in (near, far)]
         for one, other in zip(*words, strict=True):
             np.testing.assert_array_equal(one, other)
-        apply(Codebook.open(tmp_path / "far.codebook"), far, silent)
+        apply(Codebook.open(tmp_path / "far.codebook"), far)
         assert column(far, "sid_1")[-1] > 0
 
 
@@ -190,7 +191,7 @@ class TestCodebook:
         of = shop(tmp_path)
         quantizer = {"type": kind, "steps": 30, "batch": 32}
         codebook = fitted(of, tmp_path / "codebook", quantizer=quantizer)
-        apply(Codebook.open(tmp_path / "codebook"), of, silent)
+        apply(Codebook.open(tmp_path / "codebook"), of)
         assert Dataset(of.root).manifest.codebooks["sid"].content_hash == codebook.content_hash
         assert min(column(of, "sid_1")) >= 1
         assert len(column(of, "sid_vector")[0]) == Dataset(of.root).codewords("sid")[0].shape[1]
@@ -305,7 +306,7 @@ class TestBadInput:
         fitted(shop(tmp_path / "a"), tmp_path / "codebook")
         bare = dataset(tmp_path / "b", histories({1: [100, 101]}))
         with pytest.raises(SidsError, match=r"item\.content"):
-            apply(Codebook.open(tmp_path / "codebook"), bare, silent)
+            apply(Codebook.open(tmp_path / "codebook"), bare)
         assert Dataset(bare.root).manifest == bare.manifest
 
     def test_a_name_that_another_column_has(self, tmp_path: Path):
@@ -313,7 +314,7 @@ class TestBadInput:
         of = dataset(tmp_path, histories({1: range(100, 160)}), items=items(range(100, 160)), columns=columns)
         codebook = fitted(of, tmp_path / "codebook", report={})
         with pytest.raises(SidsError, match=r"column item.sid_1 already.*choose another `name` than 'sid'"):
-            apply(codebook, of, silent)
+            apply(codebook, of)
 
 
 class TestApply:
@@ -321,9 +322,9 @@ class TestApply:
 
     def test_another_codebook_of_the_name_replaces_the_codes_and_their_files(self, tmp_path: Path):
         of = shop(tmp_path)
-        apply(fitted(of, tmp_path / "1"), of, silent)
+        apply(fitted(of, tmp_path / "1"), of)
         second = fitted(of, tmp_path / "2", levels=[3, 3, 3], version="second")
-        apply(second, of, silent)
+        apply(second, of)
         now = Dataset(of.root).manifest
         assert now.codebooks["sid"].version == "second"
         assert [n for n in now.columns["item"] if n.startswith("sid")] == [
@@ -334,21 +335,21 @@ class TestApply:
 
     def test_two_codebooks_of_different_names_live_side_by_side(self, tmp_path: Path):
         of = shop(tmp_path)
-        apply(fitted(of, tmp_path / "1"), of, silent)
-        apply(fitted(of, tmp_path / "2", name="coarse", levels=[2]), of, silent)
+        apply(fitted(of, tmp_path / "1"), of)
+        apply(fitted(of, tmp_path / "2", name="coarse", levels=[2]), of)
         assert set(Dataset(of.root).manifest.codebooks) == {"sid", "coarse"}
         assert set(column(of, "coarse_1")) == {1, 2}
         assert len(set(column(of, "sid_1"))) == GROUPS
 
     def test_the_datasets_own_hash_stays(self, tmp_path: Path):
         of = shop(tmp_path)
-        apply(fitted(of, tmp_path / "1"), of, silent)
+        apply(fitted(of, tmp_path / "1"), of)
         assert Dataset(of.root).manifest.content_hash == of.manifest.content_hash
         assert Dataset(of.root).vocabulary_hash() == of.vocabulary_hash()
 
     def test_a_failure_on_the_way_leaves_the_old_codes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         of = shop(tmp_path)
-        apply(fitted(of, tmp_path / "1"), of, silent)
+        apply(fitted(of, tmp_path / "1"), of)
         before, codes = Dataset(of.root).manifest, column(of, "sid_1")
         second = fitted(of, tmp_path / "2", levels=[3])
 
@@ -358,7 +359,7 @@ class TestApply:
         with monkeypatch.context() as patch:
             patch.setattr("features.semantic_ids.apply.write_arrow", full)
             with pytest.raises(SidsError, match=r"out: cannot write semantic IDs \(No space left .*free space"):
-                apply(second, of, silent)
+                apply(second, of)
         assert Dataset(of.root).manifest == before
         assert column(of, "sid_1") == codes
         assert not [p for p in (of.root / "semantic_ids").iterdir() if p.name.startswith(".")]
@@ -368,7 +369,7 @@ class TestApply:
         left = of.root / "semantic_ids" / ".partial"
         left.mkdir(parents=True)
         (left / "codes.arrow").write_text("half")
-        apply(fitted(of, tmp_path / "1"), of, silent)
+        apply(fitted(of, tmp_path / "1"), of)
         assert not left.exists()
         assert len(column(of, "sid_1")) == 60
 
@@ -377,7 +378,7 @@ class TestApply:
         codebook = fitted(of, tmp_path / "1")
         (of.root / "semantic_ids").write_text("no folder")
         with pytest.raises(SidsError, match=r"semantic_ids/\.partial: cannot write semantic IDs \(Not a directory\)"):
-            apply(codebook, of, silent)
+            apply(codebook, of)
         assert Dataset(of.root).manifest == of.manifest
 
     def test_two_at_a_time_are_refused(self, tmp_path: Path):
@@ -387,14 +388,14 @@ class TestApply:
         fcntl.flock(folder, fcntl.LOCK_EX)
         try:
             with pytest.raises(SidsError, match="another process is applying"):
-                apply(codebook, of, silent)
+                apply(codebook, of)
         finally:
             os.close(folder)
-        apply(codebook, of, silent)
+        apply(codebook, of)
 
     def test_a_missing_file_of_codes_is_named(self, tmp_path: Path):
         of = shop(tmp_path)
-        apply(fitted(of, tmp_path / "1"), of, silent)
+        apply(fitted(of, tmp_path / "1"), of)
         shutil.rmtree(of.root / "semantic_ids")
         with pytest.raises(DatasetError, match=r"semantic_ids/sid-.*arrow: unreadable"):
             Dataset(of.root).items()
