@@ -72,7 +72,7 @@ class CodebookInfo(_Record):
     """path below the dataset, without suffix"""
     without_code: dict[str, int]
     """items without content, in all and among the distinct candidates of each split"""
-    impressions_without_code: dict[Split, tuple[int, int]]
+    impressions_without_code: dict[Split, tuple[int, int]] = {}
     """impressions of such items, and all, of each split"""
 
 
