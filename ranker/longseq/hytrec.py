@@ -10,8 +10,10 @@ Chosen where the published text is open: layers are pre-norm residual, with a fe
 the long branch see a window of the latest events, not all, so that work stays proportional to Σ L (`window = 0`: all);
 no positions are added, order and time enter by the delta rule and by τ.
 
-Each request has a pass over its own copy of its events, also where requests share a row: with `decay="now"` a token's
-gates depend on the request's time, and in both the split does.
+With `decay="state"` nothing in the long branch depends on the request's time, and all of it is causal: requests whose
+windows begin at one event, those of a row, share one pass over the events up to the last one's split, and each takes
+the states after its own split and the mean up to it. With `decay="now"` a token's gates depend on the request's time,
+and each request has a pass over its own copy of its events.
 """
 
 from typing import Literal, NamedTuple
@@ -21,11 +23,12 @@ from torch import Tensor, nn
 
 from ranker.longseq.hytrec_layers import LocalSoftmax, ShortSoftmax, Tadn, Tokens, unit
 from ranker.longseq.protocol import History, Probes, Target, compact, latest
-from ranker.ops.attention import window_attention
 from ranker.ops.delta_rule import read_state
-from ranker.ops.jagged import offsets_of, segment_sum, segments_of
+from ranker.ops.jagged import offsets_of, segments_of, window_mean
 from ranker.ops.next_item import in_batch_softmax
+from ranker.ops.query_tiles import in_tiles, of_tiles, out_of_tiles, tiles_of
 from ranker.ops.running_mean import RunningMeanPlan, running_mean_plan
+from ranker.ops.short_attention import short_attention
 
 
 class HybridMemory(NamedTuple):
@@ -45,6 +48,30 @@ class HybridMemory(NamedTuple):
     predicted: Tensor
     following: Tensor
     event: Tensor
+
+
+class Passes(NamedTuple):
+    """G passes of the long branch, each over a row's events from the first up to a split.
+
+    long: the events of the passes, as :func:`~ranker.longseq.protocol.compact` has them.
+    first, end: `[R]` int64; request r has seen the tokens ``first[r] : end[r]`` of a pass.
+    at: `[P]` int64, the last token of each request with tokens, or None where each pass is one request's.
+    """
+
+    long: History
+    first: Tensor
+    end: Tensor
+    at: Tensor | None
+
+
+class LongOutputs(NamedTuple):
+    """x: `[T', width]` of all tokens; state: `[R, n · h, dk, dv]` S_L at each request's split; first, end: `[R]`, the
+    tokens that it has seen."""
+
+    x: Tensor
+    state: Tensor
+    first: Tensor
+    end: Tensor
 
 
 class LayerGates(NamedTuple):
@@ -145,30 +172,31 @@ class HyTRec(nn.Module):
         )
 
     def encode(self, history: History, probes: Probes) -> HybridMemory:
-        """O(Σ L), one pass a request."""
+        """O(Σ L) of the passes: one a row, or with decay="now" one a request."""
         history = latest(history, self.length)
         split = torch.maximum(history.start, history.end - self.short_length)
+        long = self._long(history, split)
+        pooled = window_mean(long.x, long.first, long.end)
         short = compact(_between(history, split, history.end))
-        x, states, offsets = self._long(history, split)
-        count = (offsets[1:] - offsets[:-1]).clamp(min=1).unsqueeze(1)
-        pooled = segment_sum(x, segments_of(offsets), count.size(0)) / count
         outputs = self.short_norm(self.short(self.event(short.x), offsets_of(short.end - short.start)))
         k, v = self.key_value(outputs).unflatten(1, [2, self.heads, -1]).unbind(1)
-        predicted, following, event = x[:0], x[:0], split[:0]
+        predicted, following, event = long.x[:0], long.x[:0], split[:0]
         if self.predict is not None and self.follow is not None and self.training:
-            token, event = self._next_items(split, offsets)
-            predicted, following = self.predict(x[token]), self.follow(history.x[event])
-        return HybridMemory(torch.cat(states, 1), pooled, k, v, short.start, short.end, predicted, following, event)
+            token, event = self._next_items(split, long)
+            predicted, following = self.predict(long.x[token]), self.follow(history.x[event])
+        return HybridMemory(long.state, pooled, k, v, short.start, short.end, predicted, following, event)
 
     def read(self, memory: HybridMemory, target: Target) -> Tensor:
         """S_Lᵀ q of every linear layer, the long branch's mean and what the short branch answers: `[N, width]`."""
-        q = self.query(target.x).unflatten(1, [(self.linear_layers + 1) * self.heads, -1])
-        of_states, of_short = q.split([self.linear_layers * self.heads, self.heads], 1)
+        tiles = tiles_of(target.offsets)
+        q = in_tiles(self.query(target.x).unflatten(1, [(self.linear_layers + 1) * self.heads, -1]), tiles)
+        of_states, of_short = q.split([self.linear_layers * self.heads, self.heads], 2)
         found = [
-            read_state(unit(of_states), target.offsets, memory.state).flatten(1),
-            window_attention(of_short, target.offsets, memory.k, memory.v, memory.start, memory.end).flatten(1),
+            read_state(unit(of_states), tiles, memory.state).flatten(2),
+            short_attention(of_short, tiles, memory.k, memory.v, memory.start, memory.end).flatten(2),
         ]
-        return self.out(torch.cat(found, 1)) + self.pooled_out(memory.pooled)[segments_of(target.offsets)]
+        out = self.out(torch.cat(found, 2)) + of_tiles(self.pooled_out(memory.pooled), tiles).unsqueeze(1)
+        return out_of_tiles(out, tiles)
 
     def auxiliary(self, history: History, memory: HybridMemory) -> Tensor:
         """The weighted loss of predicting next events among those of the batch; 0 outside training."""
@@ -189,41 +217,47 @@ class HyTRec(nn.Module):
             raise ValueError("next_item_weight: 0; there is no next-item head to score with: set it above 0")
         history = latest(history, self.length)
         split = torch.maximum(history.start, history.end - self.short_length)
-        x, _, offsets = self._long(history, split)
-        last = offsets[1:][offsets[1:] > offsets[:-1]] - 1
-        return predict(x[last]) @ follow(items).t() / self.width**0.5
+        long = self._long(history, split)
+        last = long.end[long.end > long.first] - 1
+        return predict(long.x[last]) @ follow(items).t() / self.width**0.5
 
     @torch.jit.unused
     def gates(self, history: History) -> HistoryGates:
         """What the linear layers do along time, request after request: for pictures."""
         history = latest(history, self.length)
-        x, tokens = self._started(history, torch.maximum(history.start, history.end - self.short_length))
+        split = torch.maximum(history.start, history.end - self.short_length)
+        x, tokens = self._started(_pass_each(history, split))
         layers: list[LayerGates] = []
         for layer in self.layers:
             if isinstance(layer, Tadn):
-                writes = layer.writes(x, tokens)
-                layers.append(LayerGates(writes.gate, writes.erase, float(torch.sigmoid(layer.balance.detach()))))
+                writes, gate = layer.writes(x, tokens)
+                layers.append(LayerGates(gate, writes.erase, float(torch.sigmoid(layer.balance.detach()))))
             x, _ = layer(x, tokens)
         decay = tokens.tau if self.decay_by_age else tokens.log_decay.exp()
         return HistoryGates(decay[:, 0], layers)
 
-    def _started(self, history: History, split: Tensor) -> tuple[Tensor, Tokens]:
+    def _started(self, passes: Passes) -> tuple[Tensor, Tokens]:
         """The long branch before its first layer."""
-        long = compact(_between(history, history.start, split))
-        offsets = offsets_of(long.end - long.start)
-        x = self.event(long.x)
-        return x, self._tokens(long, offsets, x)
+        offsets = offsets_of(passes.long.end - passes.long.start)
+        x = self.event(passes.long.x)
+        return x, self._tokens(passes.long, offsets, x, passes.at)
 
-    def _long(self, history: History, split: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
-        """The long branch: outputs `[T', width]`, S_L of every linear layer, and the offsets of its tokens."""
-        x, tokens = self._started(history, split)
+    def _long(self, history: History, split: Tensor) -> LongOutputs:
+        """The long branch, and what each request takes from it."""
+        passes = _pass_each(history, split) if self.decay_by_age else _pass_a_row(history, split)
+        x, tokens = self._started(passes)
         states: list[Tensor] = []
         for layer in self.layers:
             x, state = layer(x, tokens)
             states.append(state)
-        return self.long_norm(x), states, tokens.offsets
+        state = torch.cat(states, 1)
+        if passes.at is not None:  # requests that have seen no token have no state
+            some = (passes.end > passes.first).nonzero().squeeze(1)
+            size = [split.numel(), state.size(1), state.size(2), state.size(3)]
+            state = torch.zeros(size, dtype=state.dtype, device=state.device).index_copy(0, some, state)
+        return LongOutputs(self.long_norm(x), state, passes.first, passes.end)
 
-    def _tokens(self, long: History, offsets: Tensor, x: Tensor) -> Tokens:
+    def _tokens(self, long: History, offsets: Tensor, x: Tensor, at: Tensor | None) -> Tokens:
         """Decays and deviations of the long branch's tokens."""
         tau, log_decay = x[:0, :1], x[:0, :1]
         if self.decay_by_age:
@@ -236,16 +270,34 @@ class HyTRec(nn.Module):
         mean: RunningMeanPlan | None = None
         if self.from_mean:
             mean = running_mean_plan(offsets, x)
-        return Tokens(offsets, tau, log_decay, mean)
+        return Tokens(offsets, tau, log_decay, mean, at)
 
-    def _next_items(self, split: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-        """The long branch's latest tokens, and the events that follow them: `[P]` each."""
+    def _next_items(self, split: Tensor, long: LongOutputs) -> tuple[Tensor, Tensor]:
+        """The latest tokens that each request has seen, and the events that follow them: `[P]` each."""
         back = torch.arange(self.next_items, device=split.device)
-        token = offsets[1:].unsqueeze(1) - 1 - back  # [R, next_items]
-        real = token >= offsets[:-1].unsqueeze(1)
+        token = long.end.unsqueeze(1) - 1 - back  # [R, next_items]
+        real = token >= long.first.unsqueeze(1)
         return token[real], (split.unsqueeze(1) - back)[real]
 
 
 def _between(history: History, start: Tensor, end: Tensor) -> History:
     """The same events in other windows."""
     return History(history.x, history.time, start, end, history.now, history.code, history.content)
+
+
+def _pass_each(history: History, split: Tensor) -> Passes:
+    """One pass a request."""
+    long = compact(_between(history, history.start, split))
+    return Passes(long, long.start, long.end, None)
+
+
+def _pass_a_row(history: History, split: Tensor) -> Passes:
+    """One pass for all requests whose windows begin at the same event, up to the last of their splits."""
+    start, row = torch.unique(history.start, return_inverse=True)
+    if start.numel() == split.numel():
+        return _pass_each(history, split)
+    end = start.scatter_reduce(0, row, split, "amax")
+    long = compact(_between(history, start, end))
+    first = long.start[row]
+    seen = split - history.start
+    return Passes(long, first, first + seen, (first + seen - 1)[seen > 0])

@@ -9,10 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ranker.ops.attention import window_attention
-from ranker.ops.delta_rule import delta_rule
+from ranker.ops.delta_rule import Writes, delta_rule
 from ranker.ops.local_attention import local_attention
+from ranker.ops.query_tiles import in_tiles, out_of_tiles, tiles_of
 from ranker.ops.running_mean import RunningMeanPlan, running_mean
+from ranker.ops.short_attention import short_attention
 
 
 class Tokens(NamedTuple):
@@ -22,24 +23,14 @@ class Tokens(NamedTuple):
     tau: `[T, 1]` e^(−age / period), in (0, 1], or empty for no decay by age.
     log_decay: `[T, h]` −(time since the token before) / period, or empty for no decay of the state.
     mean: plan of the running means, or None where the deviation is from the token before.
+    at: `[P]` int64, tokens after which the linear layers' states are wanted, or None for each sequence's last.
     """
 
     offsets: Tensor
     tau: Tensor
     log_decay: Tensor
     mean: RunningMeanPlan | None
-
-
-class Writes(NamedTuple):
-    """What a linear layer's tokens do to its state. q, k, v: `[T, h, d_head]`; erase, beta: `[T, h]` erase strength
-    ĝ β and write strength β; gate: `[T, width]` g."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    erase: Tensor
-    beta: Tensor
-    gate: Tensor
+    at: Tensor | None
 
 
 def deviations(x: Tensor, tokens: Tokens) -> Tensor:
@@ -93,8 +84,8 @@ class Tadn(nn.Module):
             dynamic = dynamic * tau
         return torch.lerp(torch.sigmoid(self.static(x)), dynamic, torch.sigmoid(self.balance))
 
-    def writes(self, x: Tensor, tokens: Tokens) -> Writes:
-        """Of token states `[T, width]`: all up to the recurrence."""
+    def writes(self, x: Tensor, tokens: Tokens) -> tuple[Writes, Tensor]:
+        """All up to the recurrence, of token states `[T, width]`: what they write, and the gates g `[T, width]`."""
         y = self.norm(x)
         deviation = deviations(y, tokens)
         g = self.gates(y, deviation, tokens.tau)
@@ -104,13 +95,13 @@ class Tadn(nn.Module):
         q, k = unit(qk.unflatten(1, [2, self.heads, -1])).unbind(1)
         v, beta = v.unflatten(1, [self.heads, -1]), torch.sigmoid(beta)
         erase = beta * g.unflatten(1, [self.heads, -1]).mean(2).clamp(min=self.least_gate)  # ĝ β
-        return Writes(q, k, v, erase, beta, g)
+        log_decay = tokens.log_decay if tokens.log_decay.size(0) > 0 else None
+        return Writes(q, k, v, erase, beta, log_decay), g
 
     def forward(self, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """States `[T, width]`; the new ones, and S_L `[R, h, dk, dv]`."""
-        w = self.writes(x, tokens)
-        log_decay = tokens.log_decay if tokens.log_decay.size(0) > 0 else None
-        o, state = delta_rule(w.q, w.k, w.v, w.erase, w.beta, log_decay, tokens.offsets, self.chunk)
+        """States `[T, width]`; the new ones, and S `[P, h, dk, dv]` after the tokens `at`, or S_L `[R, h, dk, dv]`."""
+        writes, _ = self.writes(x, tokens)
+        o, state = delta_rule(writes, tokens.offsets, self.chunk, None, tokens.at)
         return self.feed_forward(x + self.out(o.flatten(1))), state
 
 
@@ -126,10 +117,12 @@ class LocalSoftmax(nn.Module):
         self.feed_forward = FeedForward(width, feed_forward)
 
     def forward(self, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """States `[T, width]`; the new ones, and no S_L: `[R, 0, d_head, d_head]`."""
+        """States `[T, width]`; the new ones, and no S: `[P, 0, d_head, d_head]`, or R of them."""
         q, k, v = self.projection(self.norm(x)).unflatten(1, [3, self.heads, -1]).unbind(1)
         o = local_attention(q, k, v, tokens.offsets, self.window)
-        no_state = torch.zeros([tokens.offsets.numel() - 1, 0, q.size(2), q.size(2)], dtype=x.dtype, device=x.device)
+        at = tokens.at
+        states = tokens.offsets.numel() - 1 if at is None else at.numel()
+        no_state = torch.zeros([states, 0, q.size(2), q.size(2)], dtype=x.dtype, device=x.device)
         return self.feed_forward(x + self.out(o.flatten(1))), no_state
 
 
@@ -147,5 +140,6 @@ class ShortSoftmax(nn.Module):
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """States `[S, width]` to new ones."""
         q, k, v = self.projection(self.norm(x)).unflatten(1, [3, self.heads, -1]).unbind(1)
-        o = window_attention(q, offsets, k, v, offsets[:-1], offsets[1:])
-        return self.feed_forward(x + self.out(o.flatten(1)))
+        tiles = tiles_of(offsets)
+        o = short_attention(in_tiles(q, tiles), tiles, k, v, offsets[:-1], offsets[1:])
+        return self.feed_forward(x + self.out(out_of_tiles(o.flatten(2), tiles)))

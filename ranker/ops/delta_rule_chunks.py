@@ -12,7 +12,8 @@ the erase and b the write strength, the recurrence of :mod:`ranker.ops.delta_rul
 V' is linear in S: V' = U + W S. So O = own + reader S and S ← transition S + addition, whose four factors need no
 state: they are computed for all chunks of all sequences at once, a cache-sized block of chunks at a time.
 
-The scan takes all chunks of one rank at a time, which :mod:`ranker.ops.chunks` has put beside each other.
+The scan takes all chunks of one rank at a time, which :mod:`ranker.ops.chunks` has put beside each other. States in
+the midst of chunks: :mod:`ranker.ops.delta_rule_stops`.
 """
 
 from typing import NamedTuple
@@ -21,19 +22,39 @@ import torch
 from torch import Tensor
 
 from ranker.ops.chunks import Chunks, chunks_of, rows_back, rows_of
+from ranker.ops.delta_rule_stops import Stops, Within, part_terms, stops_of
 
 
-class Within(NamedTuple):
-    """Decays within each of B chunks: the running sum `[B, C]` as factors.
+class Writes(NamedTuple):
+    """What T tokens ask of the state, and do to it.
 
-    pair: Γ `[B, C, C]`, zero above the diagonal; since: e^G `[B, C, 1]`; until: e^(G_C − G) `[B, C, 1]`;
-    whole: e^(G_C) `[B, 1, 1]`.
+    q, k: `[T, h, dk]`; keys (and, for bounded outputs, queries) L2-normalised by the caller. v: `[T, h, dv]`.
+    erase, write: `[T, h]` a_t and b_t, in [0, 1].
+    log_decay: `[T, h]` g_t ≤ 0, or None for no decay.
     """
 
-    pair: Tensor
-    since: Tensor
-    until: Tensor
-    whole: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    erase: Tensor
+    write: Tensor
+    log_decay: Tensor | None
+
+
+class Pass(NamedTuple):
+    """A forward pass. o: `[T, h, dv]`; states: `[R, h, dk, dv]` the last ones, or `[P, h, dk, dv]` those at the stops.
+
+    For a backward pass, of every chunk: before: `[M · h, dk, dv]` the state that it begins with; transition: `[M · h,
+    dk, dk]`; reader: `[B, C, dk]`, block by block; and to_stop: `[P · h, dk, dk]` the transition from the state before
+    its chunk to each stop, in the order of :class:`~ranker.ops.delta_rule_stops.Stops`.
+    """
+
+    o: Tensor
+    states: Tensor
+    before: Tensor
+    transition: Tensor
+    reader: list[Tensor]
+    to_stop: Tensor
 
 
 def decays_of(log_decay: Tensor) -> Within:
@@ -60,17 +81,22 @@ def block_size(chunk: int, heads: int, numbers: int = 2**17) -> int:
     return max(1, numbers // (chunk * chunk * heads))
 
 
-def terms(
-    q: Tensor, k: Tensor, v: Tensor, erase: Tensor, write: Tensor, decays: Within | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+class Terms(NamedTuple):
     """What B chunks do to any state: ``o = own + reader · S`` and ``S ← transition · S + addition``.
 
-    Args:
-        q, k: `[B, C, dk]`; v: `[B, C, dv]`; erase, write: `[B, C, 1]`.
-
-    Returns:
-        reader `[B, C, dk]`, own `[B, C, dv]`, transition `[B, dk, dk]`, addition `[B, dk, dv]`.
+    reader: `[B, C, dk]`; own: `[B, C, dv]`; transition: `[B, dk, dk]`; addition: `[B, dk, dv]`; wu: `[B, C, dk + dv]`,
+    W and U.
     """
+
+    reader: Tensor
+    own: Tensor
+    transition: Tensor
+    addition: Tensor
+    wu: Tensor
+
+
+def terms(q: Tensor, k: Tensor, v: Tensor, erase: Tensor, write: Tensor, decays: Within | None) -> Terms:
+    """Of q, k: `[B, C, dk]`; v: `[B, C, dv]`; erase, write: `[B, C, 1]`."""
     dk, dv = k.size(2), v.size(2)
     erased = erase * k
     a = torch.bmm(erased, k.transpose(1, 2))
@@ -83,51 +109,42 @@ def terms(
         a, p = a * decays.pair, p * decays.pair
         erased, kept, until = erased * decays.since, q * decays.since, k * decays.until
         whole = whole * decays.whole
-    wu = solve(a, torch.cat([-erased, write * v], 2))  # [B, C, dk + dv]: W and U
+    wu = solve(a, torch.cat([-erased, write * v], 2))
     read = torch.bmm(p, wu)
     step = torch.bmm(until.transpose(1, 2), wu)
-    return kept + read[:, :, :dk], read[:, :, dk:], whole + step[:, :, :dk], step[:, :, dk : dk + dv]
+    return Terms(kept + read[:, :, :dk], read[:, :, dk:], whole + step[:, :, :dk], step[:, :, dk : dk + dv], wu)
 
 
 def chunked_delta_rule(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    erase: Tensor,
-    write: Tensor,
-    log_decay: Tensor | None,
-    offsets: Tensor,
-    chunk: int = 32,
-    state: Tensor | None = None,
+    writes: Writes, offsets: Tensor, chunk: int = 32, state: Tensor | None = None, at: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """See :func:`ranker.ops.delta_rule.delta_rule`. Scriptable; autograd keeps everything that the forward computes."""
-    o, last, _, _, _ = chunked_forward(q, k, v, erase, write, log_decay, chunks_of(offsets, chunk), state)
-    return o, last
+    chunks = chunks_of(offsets, chunk)
+    stops: Stops | None = None
+    if at is not None:
+        stops = stops_of(at, chunks, block_size(chunk, writes.k.size(1)))
+    found = chunked_forward(writes, chunks, state, stops)
+    return found.o, found.states
 
 
-def chunked_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    erase: Tensor,
-    write: Tensor,
-    log_decay: Tensor | None,
-    chunks: Chunks,
-    state: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    """Outputs `[T, h, dv]`, last states `[R, h, dk, dv]`, and for a backward pass, of every chunk: the state that it
-    begins with `[M · h, dk, dv]`, its transition `[M · h, dk, dk]` and, block by block, reader `[B, C, dk]`."""
-    heads, dk, dv, size = k.size(1), k.size(2), v.size(2), chunks.token.size(1)
+def chunked_forward(writes: Writes, chunks: Chunks, state: Tensor | None, stops: Stops | None) -> Pass:
+    """Outputs and states, and what a backward pass needs."""
+    heads, dk, dv, size = writes.k.size(1), writes.k.size(2), writes.v.size(2), chunks.token.size(1)
     count, requests = chunks.token.size(0), chunks.order.numel()
     if state is None:
-        state = torch.zeros([requests, heads, dk, dv], dtype=k.dtype, device=k.device)
+        state = torch.zeros([requests, heads, dk, dv], dtype=writes.k.dtype, device=writes.k.device)
+    none = torch.zeros([0, dk, dk], dtype=state.dtype, device=state.device)
     if count == 0:
-        return v, state, v, v, [v]
-    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+        v = writes.v
+        return Pass(v, state if stops is None else state[:0], v, v, [v], none)
+    q, k, v = writes.q.flatten(0, 1), writes.k.flatten(0, 1), writes.v.flatten(0, 1)
+    log_decay = writes.log_decay
     reader: list[Tensor] = []
     own: list[Tensor] = []
     transition: list[Tensor] = []
     addition: list[Tensor] = []
+    to_stop: list[Tensor] = [none]
+    at_stop: list[Tensor] = [torch.zeros([0, dk, dv], dtype=state.dtype, device=state.device)]
     step = block_size(size, heads)
     for first in range(0, count, step):
         end = min(first + step, count)
@@ -136,26 +153,36 @@ def chunked_forward(
         decays: Within | None = None
         if log_decay is not None:
             decays = decays_of((log_decay.flatten().index_select(0, rows).view(-1, heads, size) * real).flatten(0, 1))
+        keys = k.index_select(0, rows).view(-1, size, dk)
         of_block = terms(
             q.index_select(0, rows).view(-1, size, dk),
-            k.index_select(0, rows).view(-1, size, dk),
+            keys,
             v.index_select(0, rows).view(-1, size, dv),
-            (erase.flatten().index_select(0, rows).view(-1, heads, size) * real).view(-1, size, 1),
-            (write.flatten().index_select(0, rows).view(-1, heads, size) * real).view(-1, size, 1),
+            (writes.erase.flatten().index_select(0, rows).view(-1, heads, size) * real).view(-1, size, 1),
+            (writes.write.flatten().index_select(0, rows).view(-1, heads, size) * real).view(-1, size, 1),
             decays,
         )
-        reader.append(of_block[0])
-        own.append(of_block[1])
-        transition.append(of_block[2])
-        addition.append(of_block[3])
-    transitions = torch.cat(transition)
+        reader.append(of_block.reader)
+        own.append(of_block.own)
+        transition.append(of_block.transition)
+        addition.append(of_block.addition)
+        if stops is not None:
+            part_transition, part_addition = part_terms(keys, of_block.wu, decays, stops, first, heads)
+            to_stop.append(part_transition)
+            at_stop.append(part_addition)
+    transitions, to_stops = torch.cat(transition), torch.cat(to_stop)
     before, last = _scan(transitions, torch.cat(addition), state[chunks.order].flatten(0, 1), chunks, heads)
     out: list[Tensor] = []
     for i in range(len(own)):
         begin = before[i * step * heads : (i + 1) * step * heads]
         out.append(torch.baddbmm(own[i], reader[i], begin))
     o = torch.cat(out).view(-1, dv).index_select(0, rows_back(chunks, heads)).view(-1, heads, dv)
-    return o, last.view(requests, heads, dk, dv)[chunks.rank], before, transitions, reader
+    if stops is None:
+        states = last.view(requests, heads, dk, dv)[chunks.rank]
+    else:
+        begin = before.view(-1, heads, dk, dv).index_select(0, stops.chunk).flatten(0, 1)
+        states = torch.baddbmm(torch.cat(at_stop), to_stops, begin).view(-1, heads, dk, dv)[stops.rank]
+    return Pass(o, states, before, transitions, reader, to_stops)
 
 
 def _scan(transition: Tensor, addition: Tensor, state: Tensor, chunks: Chunks, heads: int) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
-from ranker.ops.delta_rule import chunked_delta_rule, delta_rule, naive_delta_rule
+from ranker.ops.delta_rule import Writes, chunked_delta_rule, delta_rule, naive_delta_rule
 from tests.benchmarks.hytrec import seconds
 from tests.benchmarks.machine import machine
 from tests.benchmarks.target_attention import resident_mib
@@ -79,10 +79,10 @@ def attention(inputs: Inputs) -> Tensor:
 
 
 WAYS: dict[str, Callable[[Inputs], Tensor]] = {
-    "written out": lambda inputs: delta_rule(*inputs, offsets_of(inputs), CHUNK)[0],
-    "autograd": lambda inputs: chunked_delta_rule(*inputs, offsets_of(inputs), CHUNK)[0],
+    "written out": lambda inputs: delta_rule(Writes(*inputs), offsets_of(inputs), CHUNK)[0],
+    "autograd": lambda inputs: chunked_delta_rule(Writes(*inputs), offsets_of(inputs), CHUNK)[0],
     "chunk loop": chunk_loop,
-    "token loop": lambda inputs: naive_delta_rule(*inputs, offsets_of(inputs))[0],
+    "token loop": lambda inputs: naive_delta_rule(Writes(*inputs), offsets_of(inputs))[0],
     "attention": attention,
 }
 

@@ -11,8 +11,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ranker.ops.delta_rule import chunked_delta_rule, delta_rule, delta_rule_kernel, naive_delta_rule, read_state
+from ranker.ops.delta_rule import (
+    Writes,
+    chunked_delta_rule,
+    delta_rule,
+    delta_rule_kernel,
+    naive_delta_rule,
+    read_state,
+)
 from ranker.ops.jagged import offsets_of
+from ranker.ops.query_tiles import in_tiles, out_of_tiles, tiles_of
 
 HEADS, DK, DV = 2, 3, 4
 any_lengths = st.lists(st.sampled_from([0, 1, 2, 3, 7, 8, 9, 16, 33]), max_size=5)
@@ -21,12 +29,21 @@ any_seed = st.integers(0, 2**31)
 
 
 class Inputs:
-    """Random sequences, every tensor asking for its gradient."""
+    """Random sequences, every tensor asking for its gradient; `at`: the tokens after which states are asked for."""
 
-    def __init__(self, lengths: list[int], decay: bool, begin: bool, seed: int = 0, dtype: torch.dtype = torch.float64):
+    def __init__(
+        self,
+        lengths: list[int],
+        decay: bool,
+        begin: bool,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float64,
+        at: list[int] | None = None,
+    ):
         self.generator = torch.Generator().manual_seed(seed)
         self.offsets = offsets_of(torch.tensor(lengths, dtype=torch.int64))
         tokens, self.dtype = sum(lengths), dtype
+        self.at = None if at is None else torch.tensor(at, dtype=torch.int64)
         self.tensors: list[Tensor | None] = [
             self.normal(tokens, HEADS, DK),
             normalize(self.normal(tokens, HEADS, DK), dim=2),
@@ -43,12 +60,11 @@ class Inputs:
         return torch.randn(*shape, generator=self.generator, dtype=torch.float64).to(self.dtype)
 
     def run(self, form, chunk: int = 8) -> tuple[Tensor, Tensor]:
-        """o and last state of a form."""
-        q, k, v, erase, write, log_decay, state = self.tensors
-        return form(q, k, v, erase, write, log_decay, self.offsets, chunk, state)
+        """o and states of a form."""
+        return form(Writes(*self.tensors[:6]), self.offsets, chunk, self.tensors[6], self.at)
 
     def everything(self, form, chunk: int = 8) -> list[Tensor]:
-        """o, last state, and the gradients of a fixed weighting of both in all inputs."""
+        """o, states, and the gradients of a fixed weighting of both in all inputs."""
         o, last = self.run(form, chunk)
         generator = torch.Generator().manual_seed(7)
         weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) for x in (o, last)]
@@ -75,25 +91,47 @@ def test_equals_the_token_loop(form, lengths: list[int], chunk: int, decay: bool
     assert_all_close(inputs.everything(form, chunk), inputs.everything(naive_delta_rule))
 
 
+@pytest.mark.parametrize("form", [delta_rule, chunked_delta_rule])
+@given(data=st.data(), lengths=any_lengths, chunk=any_chunk, decay=st.booleans(), begin=st.booleans(), seed=any_seed)
+@settings(deadline=None, max_examples=25)
+def test_states_after_any_tokens(form, data: st.DataObject, lengths: list[int], chunk: int, decay, begin, seed: int):
+    """In any order, several of a chunk or one twice, none at all: as the token loop has them; so are all gradients."""
+    any_token = st.integers(0, max(sum(lengths) - 1, 0))
+    at = data.draw(st.lists(any_token, max_size=9 if sum(lengths) else 0))
+    inputs = Inputs(lengths, decay, begin, seed, at=at)
+    assert_all_close(inputs.everything(form, chunk), inputs.everything(naive_delta_rule))
+
+
+def test_states_after_the_last_tokens_are_the_last_ones():
+    """Where every sequence has a token."""
+    lengths = [5, 41, 1, 8]
+    ends = (offsets_of(torch.tensor(lengths))[1:] - 1).tolist()
+    last, asked = (Inputs(lengths, decay=True, begin=True, at=at) for at in (None, ends))
+    assert_all_close(asked.everything(delta_rule), last.everything(delta_rule))
+
+
 def test_more_chunks_than_a_block():
     """Blocks of chunks and ranks that end inside a block change nothing."""
     inputs = Inputs([700, 1, 300, 299], decay=True, begin=True)
+    assert_all_close(inputs.everything(delta_rule, 1), inputs.everything(delta_rule, 100), 1e-8)
+    inputs = Inputs([700, 1, 300, 299], decay=True, begin=True, at=[1299, 0, 650, 651, 700, 1000])
     assert_all_close(inputs.everything(delta_rule, 1), inputs.everything(delta_rule, 100), 1e-8)
     many = Inputs([3] * 600, decay=True, begin=False)
     assert_all_close(many.everything(delta_rule, 32), many.everything(chunked_delta_rule, 3), 1e-8)
 
 
 @pytest.mark.parametrize("decay", [False, True])
-def test_gradients_are_those_of_finite_differences(decay: bool):
+@pytest.mark.parametrize("at", [None, [3, 0, 2, 0]])
+def test_gradients_are_those_of_finite_differences(decay: bool, at: list[int] | None):
     """In float64, over chunks that are full, partial and missing."""
-    inputs = Inputs([3, 0, 1], decay, begin=True)
+    inputs = Inputs([3, 0, 1], decay, begin=True, at=at)
     present = [i for i, x in enumerate(inputs.tensors) if x is not None]
 
     def run(*leaves: Tensor) -> tuple[Tensor, Tensor]:
         tensors: list[Tensor | None] = [None] * 7
         for i, leaf in zip(present, leaves, strict=True):
             tensors[i] = leaf
-        return delta_rule(*tensors[:6], inputs.offsets, 2, tensors[6])
+        return delta_rule(Writes(*tensors[:6]), inputs.offsets, 2, tensors[6], inputs.at)
 
     assert torch.autograd.gradcheck(run, inputs.leaves)
 
@@ -133,7 +171,8 @@ def test_later_tokens_continue_a_state(lengths: list[int], split: int, seed: int
     for part in (0, 1):
         rows = torch.cat([torch.zeros(0, dtype=torch.int64)] + [torch.arange(e[part], e[part + 1]) for e in ends])
         offsets = offsets_of(torch.tensor([e[part + 1] - e[part] for e in ends], dtype=torch.int64))
-        found, state = delta_rule(*[x[rows] for x in inputs.tensors[:6] if x is not None], offsets, 8, state)
+        writes = Writes(*[x[rows] for x in inputs.tensors[:6] if x is not None])
+        found, state = delta_rule(writes, offsets, 8, state)
         pieces.append([found[a:b] for a, b in zip(offsets.tolist(), offsets[1:].tolist(), strict=False)])
     joined = torch.cat([o[:0]] + [torch.cat(both) for both in zip(*pieces, strict=True)])
     torch.testing.assert_close(joined, o)
@@ -146,7 +185,8 @@ def test_full_erasure_overwrites(length: int, seed: int):
     """With a = b = 1 and no decay a key read back gives the value last written to it."""
     inputs = Inputs([length], decay=False, begin=True, seed=seed)
     _, k, v, erase, write, _, state = inputs.tensors
-    o, _ = delta_rule(k, k, v, torch.ones_like(erase), torch.ones_like(write), None, inputs.offsets, 8, state)
+    writes = Writes(k, k, v, torch.ones_like(erase), torch.ones_like(write), None)
+    o, _ = delta_rule(writes, inputs.offsets, 8, state)
     torch.testing.assert_close(o, v, rtol=1e-8, atol=1e-8)
 
 
@@ -160,22 +200,26 @@ def test_queries_read_their_requests_state(counts: list[int], seed: int):
     state = torch.randn(len(counts), HEADS, DK, DV, generator=generator)
     request = [r for r, n in enumerate(counts) for _ in range(n)]
     expected = torch.stack([torch.stack([q[n, h] @ state[r, h] for h in range(HEADS)]) for n, r in enumerate(request)])
-    torch.testing.assert_close(read_state(q, offsets_of(torch.tensor(counts)), state), expected)
+    tiles = tiles_of(offsets_of(torch.tensor(counts)))
+    found = read_state(in_tiles(q, tiles), tiles, state).flatten(2)
+    torch.testing.assert_close(out_of_tiles(found, tiles), expected.flatten(1))
 
 
 def test_reading_nothing():
     """No queries, and no requests."""
     for requests in (0, 2):
-        offsets = torch.zeros(requests + 1, dtype=torch.int64)
-        assert read_state(torch.zeros(0, 2, 3), offsets, torch.zeros(requests, 2, 3, 4)).shape == (0, 2, 4)
+        tiles = tiles_of(torch.zeros(requests + 1, dtype=torch.int64))
+        found = read_state(in_tiles(torch.zeros(0, 2, 3), tiles), tiles, torch.zeros(requests, 2, 3, 4))
+        assert out_of_tiles(found.flatten(2), tiles).shape == (0, 8)
 
 
 @pytest.mark.parametrize("decay", [False, True])
 def test_scripts(decay: bool):
     """TorchScript gives the same, on every size."""
     scripted = torch.jit.script(delta_rule)
-    for lengths in ([9, 0, 30], [1], [], [17, 17]):
-        inputs = Inputs(lengths, decay, begin=False)
+    sizes = [([9, 0, 30], None), ([9, 0, 30], [38, 3, 20]), ([1], None), ([], None), ([], []), ([17, 17], [0])]
+    for lengths, at in sizes:
+        inputs = Inputs(lengths, decay, begin=False, at=at)
         for _ in range(2):
             found = inputs.run(scripted)
             torch.testing.assert_close(found, inputs.run(naive_delta_rule))
@@ -216,7 +260,9 @@ def test_flash_linear_attention_agrees():
     q, k, v = (torch.randn(377, 2, 32, generator=generator) for _ in range(3))
     erase, write = (torch.rand(377, 2, generator=generator) for _ in range(2))
     log_decay = -torch.rand(377, 2, generator=generator)
-    inputs = [normalize(q, dim=2), normalize(k, dim=2), v, erase.clamp(min=1e-2), write, log_decay, offsets_of(lengths)]
+    inputs = [normalize(q, dim=2), normalize(k, dim=2), v, erase.clamp(min=1e-2), write, log_decay]
+    offsets = offsets_of(lengths)
+    on_device = delta_rule(Writes(*[x.cuda() for x in inputs]), offsets.cuda())
     assert delta_rule_kernel(torch.device("cuda")) == "flash-linear-attention"
-    for found, expected in zip(delta_rule(*[x.cuda() for x in inputs]), delta_rule(*inputs), strict=True):
+    for found, expected in zip(on_device, delta_rule(Writes(*inputs), offsets), strict=True):
         torch.testing.assert_close(found.cpu(), expected, rtol=2e-2, atol=2e-2)
