@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from ranker.longseq.hytrec_layers import LocalSoftmax, ShortSoftmax, Tadn, Tokens, unit
 from ranker.longseq.protocol import History, Probes, Target, compact, latest
 from ranker.ops.delta_rule import read_state
-from ranker.ops.jagged import offsets_of, segments_of, window_mean
+from ranker.ops.jagged import offsets_of, segments_of
 from ranker.ops.next_item import in_batch_softmax
 from ranker.ops.query_tiles import in_tiles, of_tiles, out_of_tiles, tiles_of
-from ranker.ops.running_mean import RunningMeanPlan, running_mean_plan
+from ranker.ops.running_mean import RunningMeanPlan, mean_up_to, running_mean_plan
 from ranker.ops.short_attention import short_attention
 
 
@@ -176,7 +176,7 @@ class HyTRec(nn.Module):
         history = latest(history, self.length)
         split = torch.maximum(history.start, history.end - self.short_length)
         long = self._long(history, split)
-        pooled = window_mean(long.x, long.first, long.end)
+        pooled = mean_up_to(long.x, long.first, long.end)
         short = compact(_between(history, split, history.end))
         outputs = self.short_norm(self.short(self.event(short.x), offsets_of(short.end - short.start)))
         k, v = self.key_value(outputs).unflatten(1, [2, self.heads, -1]).unbind(1)

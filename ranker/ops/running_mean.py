@@ -1,4 +1,4 @@
-"""Running means of jagged sequences, as one batched product.
+"""Running means of jagged sequences: after every token, as one batched product, and after some.
 
 Tokens are cut into blocks of B whatever sequences they belong to. Within a block the mean up to each token is a product
 with a `[B, B]` matrix of weights; what a sequence brings from earlier blocks is a scan over T / B sums, kept in float64
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ranker.ops.jagged import segments_of
+from ranker.ops.jagged import segment_sum, segments_of
 
 
 class RunningMeanPlan(NamedTuple):
@@ -59,3 +59,17 @@ def running_mean(x: Tensor, plan: RunningMeanPlan) -> Tensor:
     before = torch.cumsum(sums, 0) - sums
     carry = (before - before[plan.begin]).to(x.dtype).unsqueeze(1)  # of the block's first sequence
     return torch.baddbmm(plan.carried * carry, plan.weight, blocked).view(-1, x.size(1))[: x.size(0)]
+
+
+def mean_up_to(x: Tensor, first: Tensor, end: Tensor) -> Tensor:
+    """Mean of the tokens ``first[r] : end[r]`` of R beginnings of sequences: `[T, d]` to `[R, d]`, 0 for no token.
+
+    The longest beginning of a sequence is all of it, and sequences have all T tokens: so that these fall into the
+    stretches between one end and the next, which are summed once, and a scan over R sums does the rest.
+    """
+    ends = torch.sort(end)[0]
+    stretch = torch.searchsorted(ends, torch.arange(x.size(0), device=x.device), right=True)
+    sums = torch.cumsum(segment_sum(x, stretch, end.numel()).double(), 0)
+    before = torch.nn.functional.pad(sums, [0, 0, 1, 0])  # [i]: the sum of all tokens before the i-th end
+    total = before[torch.searchsorted(ends, end, right=True)] - before[torch.searchsorted(ends, first, right=True)]
+    return (total / (end - first).clamp(min=1).unsqueeze(1)).to(x.dtype)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ranker.ops.jagged import offsets_of
 from ranker.ops.local_attention import local_attention, naive_local_attention
-from ranker.ops.running_mean import running_mean, running_mean_plan
+from ranker.ops.running_mean import mean_up_to, running_mean, running_mean_plan
 from tests.ranker.histories import assert_same
 
 any_lengths = st.lists(st.sampled_from([0, 1, 2, 15, 16, 17, 31, 33, 70, 150]), max_size=5)
@@ -48,6 +48,21 @@ def test_a_running_mean_keeps_its_precision_over_long_sequences():
     x = torch.cat([torch.full([1000, 1], 1e6), torch.ones(1_000_000, 1)])
     found = running_mean(x, running_mean_plan(torch.tensor([0, 1000, 1_001_000]), x))
     torch.testing.assert_close(found, x, rtol=1e-6, atol=0)
+
+
+@given(st.lists(st.lists(st.integers(0, 40), min_size=1, max_size=4), max_size=4), st.integers(0, 2**31))
+@settings(deadline=None, max_examples=25)
+def test_the_mean_of_beginnings_equals_the_loop(seen: list[list[int]], seed: int):
+    """Of several beginnings of each sequence, in any order; so do its gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    firsts = [sum(max(earlier) for earlier in seen[:i]) for i in range(len(seen))]
+    windows = [(a, a + n) for a, counts in zip(firsts, seen, strict=True) for n in counts]
+    windows = [windows[i] for i in torch.randperm(len(windows), generator=generator)]
+    tokens = sum(max(counts) for counts in seen)
+    x = torch.randn(tokens, 3, generator=generator, dtype=torch.float64).requires_grad_()
+    first, end = torch.tensor(windows, dtype=torch.int64).view(-1, 2).t().contiguous()
+    expected = [x[a:b].sum(0) / max(b - a, 1) for a, b in windows]
+    assert_same(mean_up_to(x, first, end), torch.stack(expected) if expected else x[:0], [x])
 
 
 @pytest.mark.parametrize("window", [0, 20])
