@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ranker.longseq.protocol import History, Probes, Target, latest
-from ranker.ops.attention import frozen_attention, window_attention, window_logsumexp
+from ranker.ops.attention import window_attention
+from ranker.ops.frozen_attention import frozen_attention, window_logsumexp
 from ranker.ops.jagged import log_bucket, offsets_of, segment_softmax, segment_sum
 from ranker.ops.votes import Agents, Leaves, Nodes, history_leaves, keep_agents, keep_leaves, row_keys, tree_nodes
 

@@ -112,7 +112,10 @@ def history_leaves(code: Tensor, time: Tensor, start: Tensor, end: Tensor) -> Le
     if not bool(votes.all()):
         pair = votes.index_select(0, event).nonzero().squeeze(1)
         event, request = event.index_select(0, pair), request.index_select(0, pair)
-    key, order = torch.sort(row_keys(request, code.index_select(0, event)), stable=True)
+    key = row_keys(request, code.index_select(0, event))
+    if key.numel() > 0 and int(key.max()) < 1 << 31:  # half the time
+        key = key.int()
+    key, order = torch.sort(key, stable=True)
     event, leaf = event.index_select(0, order), _runs(key)
     leaves = int(leaf[-1]) + 1 if leaf.numel() > 0 else 0
     count = torch.bincount(leaf, minlength=leaves)
@@ -204,14 +207,25 @@ def _best(parent: Tensor, votes: Tensor, latest: Tensor, k: int) -> Tensor:
     """
     if votes.numel() == 0:
         return torch.zeros_like(votes, dtype=torch.bool)
-    order = torch.sort(latest, stable=True, descending=True)[1]
-    key = parent * (int(votes.max()) + 1) - votes  # votes >= 1: keys of two parents never meet
-    order = order.index_select(0, torch.sort(key.index_select(0, order), stable=True)[1])
-    # parents are runs of the sorted order, in the places they had before
+    children = torch.bincount(parent)
+    crowded = (children > k).index_select(0, parent)
+    best = ~crowded  # of parents with no more than k children all are kept, unsorted
+    rival = crowded.nonzero().squeeze(1)
+    if rival.numel() == 0:
+        return best
+    parent, votes, latest = parent.index_select(0, rival), votes.index_select(0, rival), latest.index_select(0, rival)
+    most = int(votes.max()) + 1  # votes >= 1: keys of two parents never meet
+    key, age = parent * most - votes, int(latest.max()) - latest
+    if int(age.max()) < (1 << 62) // (int(parent.max() + 1) * most):
+        order = torch.sort(key * (int(age.max()) + 1) + age, stable=True)[1]
+    else:
+        order = torch.sort(age, stable=True)[1]
+        order = order.index_select(0, torch.sort(key.index_select(0, order), stable=True)[1])
+    # crowded parents are runs of the sorted order, in the places they had before
     children = torch.bincount(parent)
     first = torch.cumsum(children, 0) - children
-    rank = torch.arange(votes.numel(), device=votes.device) - first.index_select(0, parent)
-    return torch.empty_like(rank).scatter_(0, order, rank) < k
+    rank = torch.arange(rival.numel(), device=rival.device) - first.index_select(0, parent)
+    return best.index_fill_(0, rival.index_select(0, order.masked_select(rank < k)), True)
 
 
 def _runs(ordered: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from ranker.ops.attention import frozen_attention, naive_window_attention, window_attention, window_logsumexp
+from ranker.ops.attention import naive_window_attention, window_attention
+from ranker.ops.frozen_attention import frozen_attention, window_logsumexp
 from tests.ranker.histories import EDGES, Shape, assert_same, outside, shape, shapes
 
 

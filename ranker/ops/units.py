@@ -1,0 +1,72 @@
+"""Queries in tiles, windows of keys in chunks: a pair of a tile and a chunk is a *unit* of attention.
+
+Only the last chunk of a window is padded, so that time and memory follow Σ L and not R × max L. A tile's units are
+merged by the rule of online softmax (Milakov & Gimelshein 2018; split keys as in FlashDecoding).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ranker.ops.jagged import expand_windows, segment_sum
+
+
+class Units(NamedTuple):
+    """Tiles of queries, and the units of every tile with the chunks of its window, in the order of tiles.
+
+    row, real_row: `[tiles, width]` the query of each place, and whether it is one (other places repeat the last).
+    tile, request: `[units]`; within, real_key: `[units, chunk]` the key of each place, counted from the window's start.
+    """
+
+    row: Tensor
+    real_row: Tensor
+    tile: Tensor
+    request: Tensor
+    within: Tensor
+    real_key: Tensor
+
+
+def units_of(q_offsets: Tensor, start: Tensor, end: Tensor, width: int, chunk: int) -> Units:
+    """Queries cut into tiles of `width`, windows into chunks of `chunk`."""
+    tile_rank, tile_request = _split(q_offsets[1:] - q_offsets[:-1], width)
+    row = (q_offsets[:-1][tile_request] + tile_rank * width).unsqueeze(1) + torch.arange(width, device=start.device)
+    last_row = q_offsets[1:][tile_request].unsqueeze(1) - 1
+    length = end - start
+    unit_chunk, tile = _split(length[tile_request], chunk)
+    request = tile_request[tile]
+    within = unit_chunk.unsqueeze(1) * chunk + torch.arange(chunk, device=start.device)
+    last = length[request].unsqueeze(1) - 1
+    return Units(
+        torch.minimum(row, last_row), row <= last_row, tile, request, torch.minimum(within, last), within <= last
+    )
+
+
+def rescale(top: Tensor, unit_tile: Tensor, tiles: int) -> tuple[Tensor, Tensor]:
+    """Each tile's greatest logit `[tiles, width]`, and the factor e^(top − greatest) `[units, width]` of its units."""
+    index = unit_tile.unsqueeze(1).expand_as(top)
+    greatest = torch.full([tiles, top.size(1)], float("-inf"), dtype=top.dtype, device=top.device)
+    greatest = greatest.scatter_reduce(0, index, top, "amax")
+    return greatest, torch.exp(top - greatest.index_select(0, unit_tile))
+
+
+def _split(lengths: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Cut segments into pieces of `size`: each piece's rank in its segment, and its segment, ascending."""
+    pieces = (lengths + size - 1) // size
+    return expand_windows(torch.zeros_like(pieces), pieces)
+
+
+def merge(top: Tensor, total: Tensor, summed: Tensor, unit_tile: Tensor, tiles: int) -> Tensor:
+    """Softmax over a tile's units from each unit's own: every unit is rescaled to the tile's greatest logit.
+
+    Args:
+        top, total: `[units, width]` greatest logit, and sum of e^(logit − top).
+        summed: `[units, width, dv]` values weighted by e^(logit − top).
+
+    Returns:
+        `[tiles, width, dv]`, zero for a tile without units.
+    """
+    scale = rescale(top, unit_tile, tiles)[1]
+    total = segment_sum(total * scale, unit_tile, tiles)
+    summed = segment_sum(summed * scale.unsqueeze(2), unit_tile, tiles)
+    return summed / total.clamp(min=1e-30).unsqueeze(2)
