@@ -201,13 +201,37 @@ def test_events_of_one_time_are_read_in_the_rows_order():
         assert not torch.allclose(block(swapped, NO_PROBES, target), found)
 
 
-@given(any_shape, st.sampled_from([0, 1, 25]), decays)
-@settings(deadline=None, max_examples=15)
-def test_sharing_a_row_is_having_ones_own(batch: Shape, length: int, decay: str):
-    """Requests that share a history row get what copies of it would give."""
-    history, target = inputs_of(batch, DIM)
-    block = block_of(length=length, decay=decay)
-    torch.testing.assert_close(block(own_rows(history), NO_PROBES, target), block(history, NO_PROBES, target))
+IN_ROWS = shape(
+    [90, 3, 40], [*((0, 0, 90 - i) for i in (3, 0, 1, 90)), (1, 0, 3), (2, 0, 40), (2, 0, 7), (2, 5, 40)], [1] * 8
+)
+"""Several requests a row: in no order, with the same window start or another, with and without a long branch."""
+
+
+@pytest.mark.parametrize("training", [True, False])
+@given(st.one_of(any_shape, st.just(IN_ROWS)), st.sampled_from([0, 1, 25]), decays, deviations)
+@settings(deadline=None, max_examples=12)
+def test_sharing_a_row_is_having_ones_own(training: bool, batch: Shape, length: int, decay: str, deviation: str):
+    """Requests that share a history row get what copies of it would give, gradients too, of the next-item loss too."""
+    history, target, inputs = differentiable(*inputs_of(batch, DIM))
+    block = block_of(length=length, decay=decay, deviation=deviation, next_item_weight=0.5).train(training)
+
+    def outputs(history: History) -> Tensor:
+        memory = block.encode(history, NO_PROBES)
+        # the same event in two rows is its own negative: compared is what the loss is made from
+        return torch.cat([block.read(memory, target), memory.predicted, memory.following])
+
+    assert_same(outputs(history), outputs(own_rows(history)), [*inputs, *block.parameters()])
+
+
+@pytest.mark.parametrize(("decay", "tokens"), [("state", 86 + 36 + 31), ("now", 83 + 86 + 85 + 36 + 3 + 31)])
+def test_a_row_has_one_pass_where_the_time_of_the_request_does_not_matter(decay: str, tokens: int):
+    """From each first event up to the last split of the requests that begin there."""
+    block = block_of(decay=decay)
+    seen: list[int] = []
+    for layer in block.layers:
+        layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].size(0)))
+    block.encode(inputs_of(IN_ROWS, DIM)[0], NO_PROBES)
+    assert seen == [tokens] * 4
 
 
 @given(any_shape, st.sampled_from([0, 1, 25]), decays)
