@@ -121,32 +121,35 @@ def _forward_of_each(
     row: list[int] = q_offsets.tolist()
     first: list[int] = start.tolist()
     stop: list[int] = end.tolist()
-    outs, logsumexps = [v[:0]], [q[:0, :1]]
+    outs, totals, tops = [v[:0]], [q[:0, :1]], [q[:0, :1]]
     memory = torch.empty([0], dtype=q.dtype, device=q.device)
     for r in range(len(first)):
-        of = q[row[r] : row[r + 1]]
-        n, size = of.size(0), _piece(of.size(0))
-        top = torch.full([n, 1], float("-inf"), dtype=q.dtype, device=q.device)
-        total = torch.ones([n, 1], dtype=q.dtype, device=q.device)
-        out = torch.zeros([n, v.size(1)], dtype=v.dtype, device=v.device)
+        n = row[r + 1] - row[r]
+        of, size = q.narrow(0, row[r], n), _piece(n)
+        if stop[r] == first[r]:
+            outs.append(torch.zeros([n, v.size(1)], dtype=v.dtype, device=v.device))
+            totals.append(torch.ones([n, 1], dtype=q.dtype, device=q.device))
+            tops.append(torch.full([n, 1], float("-inf"), dtype=q.dtype, device=q.device))
         for a in range(first[r], stop[r], size):
-            b = min(a + size, stop[r])
+            keys = min(size, stop[r] - a)
             # scripted, `v` may take a gradient, for which the weights have to stay
-            if v.requires_grad or memory.numel() < n * (b - a):
-                memory = torch.empty([n * (b - a)], dtype=q.dtype, device=q.device)
-            weight = memory[: n * (b - a)].view(n, b - a)
-            torch.mm(of, k[a:b].t(), out=weight)
-            before, top = top, torch.maximum(top, weight.amax(1, keepdim=True))
+            if v.requires_grad or memory.numel() < n * keys:
+                memory = torch.empty([n * keys], dtype=q.dtype, device=q.device)
+            weight = memory.narrow(0, 0, n * keys).view(n, keys)
+            torch.mm(of, k.narrow(0, a, keys).t(), out=weight)
+            top = weight.amax(1, keepdim=True)
+            if a > first[r]:
+                top = torch.maximum(top, tops[-1])
             weight.sub_(top).exp_()
-            if a == first[r]:
-                total, out = weight.sum(1, keepdim=True), torch.mm(weight, v[a:b])
-            else:
-                shrink = torch.exp(before - top)
-                total = total * shrink + weight.sum(1, keepdim=True)
-                out = out * shrink + torch.mm(weight, v[a:b])
-        outs.append(out / total)
-        logsumexps.append(total.log() + top)
-    return torch.cat(outs), torch.cat(logsumexps).squeeze(1)
+            total, out = weight.sum(1, keepdim=True), torch.mm(weight, v.narrow(0, a, keys))
+            if a > first[r]:
+                shrink = torch.exp(tops.pop() - top)
+                total, out = torch.addcmul(total, totals.pop(), shrink), torch.addcmul(out, outs.pop(), shrink)
+            tops.append(top)
+            totals.append(total)
+            outs.append(out)
+    total = torch.cat(totals)
+    return torch.cat(outs) / total, (total.log() + torch.cat(tops)).squeeze(1)
 
 
 def _backward_of_each(q: Tensor, q_offsets: Tensor, k: Tensor, grad: Tensor, start: Tensor, end: Tensor) -> Tensor:
@@ -155,15 +158,15 @@ def _backward_of_each(q: Tensor, q_offsets: Tensor, k: Tensor, grad: Tensor, sta
     grad_v = grad.new_zeros([k.size(0) - 1, grad.size(1)])
     memory = grad.new_empty([0])
     for r in range(len(first)):
-        of, grad_of = q[row[r] : row[r + 1]].t(), grad[row[r] : row[r + 1]]
-        n, size = grad_of.size(0), _piece(grad_of.size(0))
+        n = row[r + 1] - row[r]
+        of, grad_of, size = q.narrow(0, row[r], n).t(), grad.narrow(0, row[r], n), _piece(n)
         for a in range(first[r], stop[r], size):
-            b = min(a + size, stop[r])
-            if memory.numel() < n * (b - a):
-                memory = grad.new_empty([n * (b - a)])
-            weight = memory[: n * (b - a)].view(b - a, n)  # keys first: the product with its transpose is slow
-            torch.mm(k[a:b], of, out=weight)
-            grad_v[a:b].addmm_(weight.exp_(), grad_of)
+            keys = min(size, stop[r] - a)
+            if memory.numel() < n * keys:
+                memory = grad.new_empty([n * keys])
+            weight = memory.narrow(0, 0, n * keys).view(keys, n)  # keys first: the product with its transpose is slow
+            torch.mm(k.narrow(0, a, keys), of, out=weight)
+            grad_v.narrow(0, a, keys).addmm_(weight.exp_(), grad_of)
     return grad_v
 
 
