@@ -100,8 +100,8 @@ class HyTRec(nn.Module):
         layers: N, of the long branch; ratio: r, linear layers before each softmax layer.
         short_length: events of the short branch.
         period_s: in which τ, or the state, falls to 1/e.
-        decay: "now", gates shrink with an event's age at the request; "state", the state decays between events, and
-            what is kept of a user does not depend on the request's time.
+        decay: "now", gates shrink with an event's age at the request; "state", the state decays between events, what is
+            kept of a user does not depend on the request's time, and requests that share a row share its pass.
         deviation: of a token, from the "mean" of the tokens up to it or from the "previous" one.
         feed_forward: hidden width of the feed-forward nets, in widths.
         window: tokens that the long branch's softmax layers see; 0: all, at a cost of Σ L².

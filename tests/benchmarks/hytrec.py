@@ -6,6 +6,8 @@
    beside a causal softmax encoder of 4 layers of the same widths (PyTorch's scaled_dot_product_attention). Histories of
    a batch are of equal length, so that the alternative pads nothing; it reads only its outputs' mean, which favours it.
    Times are per request: long histories are timed on fewer requests, as the table says.
+   Then a step of 512 requests in rows of 8, one event apart, at the length of MovieLens-1M's histories: with
+   decay="state", which lets a row share its pass, and with a copy of the row for each request.
 2. `encode` of one history of 10,000 and of 100,000 events: time and peak memory, forward, and forward and backward.
 3. `read` for 500 candidates from the memory of 100 and of 10,000 events, and beside full-length target attention; each
    time is that of 10 in a row, as a busy server has them.
@@ -31,6 +33,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from ranker.longseq import History, Probes, Target, TargetAttention
 from ranker.longseq.hytrec import HyTRec
 from ranker.longseq.hytrec_layers import FeedForward
+from ranker.longseq.protocol import compact
 from tests.benchmarks.machine import machine
 from tests.benchmarks.target_attention import resident_mib
 
@@ -110,6 +113,16 @@ def training_step(way: str, requests: int, length: int) -> Callable[[], object]:
     return lambda: block(history, NO_PROBES, target).sum().backward()
 
 
+def step_of_rows(shared: bool, rows: int = 64, requests: int = 8, length: int = 165) -> Callable[[], object]:
+    """Forward and backward, every row of that many requests that begin at its first event, and end one event apart."""
+    torch.manual_seed(0)
+    block, (history, _) = HyTRec(WIDTH, WIDTH, HEADS, LAYERS, 3, decay="state"), batch_of(rows, length, 0)
+    start, end, now = (x.repeat_interleave(requests) for x in (history.start, history.end, history.now))
+    history = history._replace(start=start, end=end - torch.arange(requests).repeat(rows), now=now)
+    target = Target(torch.randn(rows * requests, WIDTH), torch.arange(rows * requests + 1), NONE)
+    return lambda: block(history if shared else compact(history), NO_PROBES, target).sum().backward()
+
+
 def encode(length: int, backward: bool) -> Callable[[], object]:
     """Of one request, to its whole memory."""
     block, (history, _) = HyTRec(WIDTH, WIDTH, HEADS, LAYERS, 3), batch_of(1, length)
@@ -153,6 +166,16 @@ def compare_steps(repeats: int) -> None:
             f"{other:8.1f} ms ({theirs} requests)   softmax / HyTRec {other / each:.2f}",
             flush=True,
         )
+
+
+def compare_rows(repeats: int) -> None:
+    """Part 1, of rows."""
+    took = medians({"shared": step_of_rows(True), "own": step_of_rows(False)}, repeats)
+    print(
+        f"training step, 512 requests in rows of 8, L 165: one pass a row {1e3 * took['shared']:.0f} ms, one a request "
+        f"{1e3 * took['own']:.0f} ms   a request / a row {took['own'] / took['shared']:.2f}",
+        flush=True,
+    )
 
 
 def grow(repeats: int) -> None:
@@ -207,6 +230,7 @@ def main() -> None:
     print(f"machine   {machine('torch', threads=options.threads)}")
     print(f"sizes     width {WIDTH}, {HEADS} heads, {LAYERS} layers, 3 linear to 1 softmax, float32")
     compare_steps(options.repeats)
+    compare_rows(options.repeats)
     grow(options.repeats)
     online(options.repeats)
 
