@@ -19,7 +19,8 @@ class RequestBatch(NamedTuple):
 
     request: ids at stride R. candidate: ids at stride N.
     sequence: at stride R, keys ``history:NAME`` (row h holds distinct history h, h < H ≤ R; the rest are empty) and
-        ``candidate:NAME`` (row r holds the candidates of request r), so that both share one table and one look-up.
+        ``candidate:NAME`` (row r holds the candidates of request r), so that both share one table and one look-up. For
+        a vector, ``history:NAME`` holds the items' dense indices themselves, unknown ones and dropped ones too.
         Requests of one user whose windows overlap or touch share a distinct history.
     request_dense `[R, ·]`, candidate_dense `[N, ·]`, event_dense `[T, ·]`: float32.
     event_codes `[T, codes]`, candidate_codes `[N, codes]`: int64, ids that no table reads.
@@ -66,7 +67,7 @@ class RequestBatch(NamedTuple):
 
 def sequence_keys(spec: FeatureSpec) -> list[str]:
     """Keys of the `sequence` KeyedJaggedTensor in their order."""
-    history = [f"history:{f.name}" for f in (*spec.sequence, *spec.event)]
+    history = [f"history:{f.name}" for f in (*spec.sequence, *spec.event, *spec.content)]
     return history + [f"candidate:{f.name}" for f in spec.sequence]
 
 

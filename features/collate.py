@@ -74,7 +74,7 @@ def nothing(selection: Selection) -> Part:
         event_time=none(),
         request=[(none(), one()) for _ in spec.request],
         candidate=[(none(), none()) for _ in spec.candidate],
-        history=[none() for _ in (*spec.sequence, *spec.event)],
+        history=[none() for _ in (*spec.sequence, *spec.event, *spec.content)],
         target=[none() for _ in spec.sequence],
         request_dense=[np.zeros(1, np.float32) for _ in spec.request_dense],
         candidate_dense=[none() for _ in spec.candidate_dense],
@@ -98,7 +98,7 @@ def assemble(parts: list[Part], selection: Selection) -> dict[str, Tensor]:
     per_request = np.concatenate([p.candidates for p in parts])
     offsets = np.concatenate([[0], per_request.cumsum()])
     windows = [(p.start + shift, p.end + shift) for p, shift in zip(parts, shifts, strict=True)]
-    histories, targets = len(spec.sequence) + len(spec.event), len(spec.sequence)
+    histories, targets = len(spec.sequence) + len(spec.event) + len(spec.content), len(spec.sequence)
     return {
         **_pooled("request", [p.request for p in parts]),
         **_pooled("candidate", [p.candidate for p in parts]),

@@ -118,6 +118,7 @@ class Reader:
         # attributes are those of the item itself, known to the tables or not
         part.history = [event_id if f.name == "item" else self._attribute(f.name, event_item) for f in spec.sequence]
         part.history += [events(f.name) for f in spec.event]
+        part.history += [event_item for _ in spec.content]  # rows of a table of every item's vector
         part.target = [
             candidate_id if f.name == "item" else self._attribute(f.name, candidate_item) for f in spec.sequence
         ]

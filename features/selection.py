@@ -46,16 +46,23 @@ class FeaturesConfig(Strict):
         description="ids of history and candidates that blocks read as they are, through no table: `item.NAME` "
         "(categorical), such as the levels of semantic IDs",
     )
+    content: list[str] = Field(
+        default_factory=list,
+        description="frozen vectors of history events' items that blocks read as they are: `item.NAME` (vector), such "
+        "as semantic IDs' `item.sid_vector`; each is a table that is not trained",
+    )
 
 
 @dataclass(frozen=True)
 class Feature:
-    """One resolved feature. `size`: ids including the reserved 0; ids at or above it are unknown and read as 0."""
+    """One resolved feature. `size`: ids including the reserved 0; ids at or above it are unknown and read as 0. `dim`:
+    floats of a vector, which every item of the dataset has, known to training or not."""
 
     name: str
     scope: str
     kind: Kind
     size: int
+    dim: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,7 @@ class FeatureSpec:
     event: tuple[Feature, ...]
     event_dense: tuple[Feature, ...]
     codes: tuple[Feature, ...] = ()
+    content: tuple[Feature, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -99,6 +107,7 @@ def resolve(features: FeaturesConfig, manifest: Manifest) -> FeatureSpec:
         event=_look_up("event", features.event, manifest, ("event",), ("categorical",)),
         event_dense=_look_up("event_dense", features.event_dense, manifest, ("event",), ("dense",)),
         codes=_look_up("codes", features.codes, manifest, ("item",), ("categorical",)),
+        content=_look_up("content", features.content, manifest, ("item",), ("vector",)),
     )
 
 
@@ -124,5 +133,6 @@ def _look_up(
         if name in names[:i]:
             raise FeatureError(f"features.{place}[{i}]: {name!r} is named twice; remove one")
         scope, info = known[name]
-        found.append(Feature(name, scope, info.kind, info.size))
+        size = manifest.items if info.kind == "vector" else info.size
+        found.append(Feature(name, scope, info.kind, size, info.dim))
     return tuple(found)

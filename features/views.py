@@ -85,6 +85,13 @@ class File:
             self._flat[name] = self._view(name, self._column(name))
         return self._flat[name]
 
+    def vectors(self, name: str, dim: int) -> Array:
+        """A column of one vector of `dim` floats a row: `[rows, dim]`."""
+        column = self._column(name)
+        if not pa.types.is_fixed_size_list(column.type) or column.type.list_size != dim or column.null_count:
+            raise self._unusable(name, f"is {column.type} where a vector of {dim} floats a row is expected")
+        return self._view(name, column.flatten()).reshape(-1, dim)
+
     def lists(self, name: str) -> Lists:
         """A list column."""
         if name not in self._lists:

@@ -1,4 +1,4 @@
-"""From a block's config to its module, with what it reads of the batch beside embeddings: codes and probes."""
+"""From a block's config to its module, with what it reads of the batch beside embeddings: codes, content and probes."""
 
 from typing import NamedTuple
 
@@ -48,11 +48,14 @@ class Block(nn.Module):
         super().__init__()
         self.code_columns = []
         self.probe_column, self.probe_start, self.dim = -1, 0, dim
+        self.content_start, self.content_dim = 0, 0
         self.name, self.kind = f"model.long[{index}]", config.type
         if isinstance(config, UxSidConfig):
             self.probe_column, self.probe_start = _probe(f"{self.name}.probe", config.probe, spec, dim)
         if isinstance(config, HiSacConfig):
             self.code_columns = _levels(self.name, config, spec, len(codewords[config.codebook]))
+            if config.z == "content":
+                self.content_start, self.content_dim = _content(self.name, config, spec, codewords)
         try:
             self.block = _module(config, dim * len(spec.sequence), dim, codewords)
         except ValueError as error:
@@ -73,16 +76,15 @@ class Block(nn.Module):
         """What the block itself reads: of the codes its own, and the probes that candidates share.
 
         Args:
-            history: `code` holds every feature of ``features.codes``.
+            history: `code` holds every feature of ``features.codes``, `content` every one of ``features.content``.
             target: without probes.
             candidate_codes: `[N, codes]`.
         """
         code = history.code[:, :0]
         if len(self.code_columns) > 0:
             code = history.code.index_select(1, torch.tensor(self.code_columns, device=history.code.device))
-        history = History(
-            history.x, history.time, history.start, history.end, history.now, code, history.content
-        )  # fmt: skip
+        content = history.content.narrow(1, self.content_start, self.content_dim)
+        history = History(history.x, history.time, history.start, history.end, history.now, code, content)
         none = torch.zeros([0], dtype=torch.int64, device=target.x.device)
         probes = Probes(target.x[:0], none, none)
         if self.probe_column >= 0:
@@ -120,6 +122,23 @@ def _levels(block: str, config: HiSacConfig, spec: FeatureSpec, levels: int) -> 
             f"{levels} levels; give one for each"
         )
     return [have.index(name) for name in needed]
+
+
+def _content(block: str, config: HiSacConfig, spec: FeatureSpec, codewords: Codewords) -> tuple[int, int]:
+    """Where the codebook's vectors begin among the content's columns, and their width."""
+    have, needed = names(spec.content), f"item.{config.codebook}_vector"
+    if needed not in have:
+        raise UserError(
+            f"{block}.z: 'content' needs {needed} in features.content, which has {_listed(have)}; add it there"
+        )
+    at = have.index(needed)
+    dim, width = spec.content[at].dim, codewords[config.codebook][0].size(1)
+    if dim != width:
+        raise UserError(
+            f"{block}.z: {needed} has {dim} floats, the codewords of {config.codebook!r} have {width}; apply that "
+            "codebook again (`ranker sids apply`)"
+        )
+    return sum(f.dim for f in spec.content[:at]), dim
 
 
 def _module(config: LongConfig, dim: int, probe_dim: int, codewords: Codewords) -> nn.Module:

@@ -90,8 +90,10 @@ class HiSacConfig(Strict):
     routing: Literal["items", "agents", "hard"] = Field(
         default="items", description="softmax over a history's items, over the agents, or the nearest agent"
     )
-    z: Literal["codewords", "embedding"] = Field(
-        default="codewords", description="events' place: their codewords' sum, or (ablation) their ranking embedding"
+    z: Literal["content", "codewords", "embedding"] = Field(
+        default="codewords",
+        description="events' place: their item's content vector, `item.CODEBOOK_vector` in features.content; their "
+        "codewords' sum; or (ablation) their ranking embedding",
     )
     voting: bool = Field(default=True, description="false: every leaf is an agent")
     most_leaves: int = Field(default=1000, ge=1, description="without voting, at most so many")

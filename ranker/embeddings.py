@@ -2,6 +2,10 @@
 
 Pooled features go through EmbeddingBagCollections, at request stride and at candidate stride; ids that are read one by
 one go through one EmbeddingCollection, whose tables history and candidates share, in one look-up.
+
+Items' frozen content vectors are tables too, sharded like the others, so that a batch brings 8 bytes an event and not a
+vector, and a checkpoint and an export hold each item's once. They are filled from the dataset's column and looked up
+without gradients, so that their backward pass, in which the fused optimizer would step, never runs.
 """
 
 from functools import partial
@@ -9,34 +13,41 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from features.batch import names
+from features.dataset import Dataset
 from features.errors import UserError
 from features.selection import Feature, FeatureSpec
+from features.views import item_file
 from ranker.config import TablesConfig
 
 
 class Embedded(NamedTuple):
     """request `[R, ·]` and candidate `[N, ·]`: pooled features side by side. event `[T, d]`, target `[N, d]`: d = the
-    shared sequence features side by side; an event has its event-only ids added."""
+    shared sequence features side by side; an event has its event-only ids added. content `[T, ·]`: the events' items'
+    frozen vectors side by side."""
 
     request: Tensor
     candidate: Tensor
     event: Tensor
     target: Tensor
+    content: Tensor
 
 
 class Tables(nn.Module):
-    """All embedding tables. Table names are ``request_NAME``, ``candidate_NAME`` and ``sequence_NAME``, dots as
-    underscores."""
+    """All embedding tables. Table names are ``request_NAME``, ``candidate_NAME``, ``sequence_NAME`` and
+    ``content_NAME``, dots as underscores."""
 
     # lists may be empty, and then do not tell their type to TorchScript
     _request_keys: list[str]
     _candidate_keys: list[str]
     _event_keys: list[str]
+    _content_keys: list[str]
+    _content_dims: list[int]
 
     def __init__(self, spec: FeatureSpec, config: TablesConfig, device: torch.device | None = None) -> None:
         super().__init__()
@@ -95,10 +106,13 @@ class Tables(nn.Module):
         self.sequence = EmbeddingCollection(tables=shared, device=device)
         # an EmbeddingCollection holds tables of one width
         self.events = EmbeddingCollection(tables=added, device=device) if added else None
+        self.content = nn.ModuleList([_content_table(f, device) for f in spec.content])
         self._request_keys, self._candidate_keys = names(spec.request), names(spec.candidate)
         self._history_keys = [f"history:{name}" for name in self.shared]
         self._target_keys = [f"candidate:{name}" for name in self.shared]
         self._event_keys = [f"history:{name}" for name in self.added]
+        self._content_keys = [f"history:{f.name}" for f in spec.content]
+        self._content_dims = [f.dim for f in spec.content]
 
     def forward(
         self, request: KeyedJaggedTensor, candidate: KeyedJaggedTensor, sequence: KeyedJaggedTensor
@@ -111,6 +125,11 @@ class Tables(nn.Module):
             added = self.events(sequence)
             for key in self._event_keys:
                 event = event + added[key].values()
+        content = [torch.zeros([event.size(0), 0], device=event.device)]
+        with torch.no_grad():
+            for i, table in enumerate(self.content):
+                vectors = table(sequence)[self._content_keys[i]].values()
+                content.append(vectors[:, : self._content_dims[i]])
         # a keyed tensor without keys does not know its stride
         of_request = torch.zeros([sequence.stride(), 0], device=event.device)
         if self.request is not None:
@@ -121,4 +140,34 @@ class Tables(nn.Module):
         if self.candidate is not None:
             pooled = self.candidate(candidate)
             of_candidate = torch.cat([pooled[key] for key in self._candidate_keys], 1)
-        return Embedded(of_request, of_candidate, event, target)
+        return Embedded(of_request, of_candidate, event, target, torch.cat(content, 1))
+
+
+def _content_table(feature: Feature, device: torch.device | None) -> EmbeddingCollection:
+    """A table of every item's vector, zeros until :func:`load_content`; FBGEMM's rows are multiples of 4 wide."""
+    table = EmbeddingConfig(
+        name=f"content.{feature.name}".replace(".", "_"),
+        num_embeddings=feature.size,
+        embedding_dim=-(-feature.dim // 4) * 4,
+        feature_names=[f"history:{feature.name}"],
+        init_fn=nn.init.zeros_,
+    )
+    return EmbeddingCollection(tables=[table], device=device)
+
+
+def load_content(model: nn.Module, spec: FeatureSpec, dataset: Dataset) -> None:
+    """Fill a ranker's content tables, whole or this rank's shards of them, from the dataset's columns."""
+    state = model.state_dict()
+    items = item_file(dataset) if spec.content else None
+    for i, feature in enumerate(spec.content):
+        assert items is not None
+        vectors = items.vectors(feature.name, feature.dim)
+        weight = state[f"tables.content.{i}.embeddings.{f'content.{feature.name}'.replace('.', '_')}.weight"]
+        if isinstance(weight, ShardedTensor):
+            parts = [(s.tensor, s.metadata.shard_offsets) for s in weight.local_shards()]
+        else:
+            parts = [(weight, [0, 0])]
+        for part, (row, column) in parts:
+            rows = torch.from_numpy(vectors[row : row + part.size(0), column : column + part.size(1)].copy())
+            with torch.no_grad():
+                part[:, : rows.size(1)].copy_(rows)

@@ -74,7 +74,7 @@ class ServedRanker(nn.Module):
         self.sequence_keys = sequence_keys(spec)
         self.request_sizes = sizes(spec.request)
         self.candidate_sizes = sizes(spec.candidate)
-        self.sequence_sizes = sizes((*spec.sequence, *spec.event, *spec.sequence))
+        self.sequence_sizes = sizes((*spec.sequence, *spec.event, *spec.content, *spec.sequence))
 
     def forward(
         self,
@@ -217,7 +217,9 @@ def _write_manifest(
                 "codes": names(spec.codes),
             },
             "outputs": ["p_ctr"] if run.config.tasks.conversion is None else ["p_ctr", "p_ctcvr", "p_cvr"],
-            "table_sizes": {f.name: f.size for f in (*spec.request, *spec.candidate, *spec.sequence, *spec.event)},
+            "table_sizes": {
+                f.name: f.size for f in (*spec.request, *spec.candidate, *spec.sequence, *spec.event, *spec.content)
+            },
             "history_length": run.config.history_length,
             "dataset": {"name": dataset.manifest.name, "content_hash": dataset.manifest.content_hash},
             "codebooks": codebooks_of(run.config, dataset),

@@ -74,7 +74,7 @@ def codebooks_of(config: TrainConfig, dataset: Dataset) -> dict[str, dict[str, s
     """Version and content hash of each codebook whose codes the features read, by name."""
     features = config.features
     used = dataset.manifest.codebooks_behind(
-        [*features.candidate, *features.sequence, *features.codes, *features.dense]
+        [*features.candidate, *features.sequence, *features.codes, *features.content, *features.dense]
     )
     return {name: {"version": info.version, "content_hash": info.content_hash} for name, info in used.items()}
 

@@ -57,7 +57,11 @@ def shard(model: Ranker, config: TablesConfig, ranks: Ranks) -> tuple[Distribute
     arguments: dict[str, float] = {"lr": config.lr}
     if config.optimizer != "sgd":
         arguments["eps"] = config.eps
-    apply_optimizer_in_backward(_SPARSE[config.optimizer], model.tables.parameters(), arguments)
+    content = list(model.tables.content.parameters())
+    trained = [p for p in model.tables.parameters() if all(p is not frozen for frozen in content)]
+    apply_optimizer_in_backward(_SPARSE[config.optimizer], trained, arguments)
+    # frozen: nothing steps them, but a fused kernel wants an optimizer, and a checkpoint a state: one number a row
+    apply_optimizer_in_backward(RowWiseAdagrad, content, {"lr": 0.0})
     tables = table_names(model)
     allowed = {"pooled": config.pooled_sharding, "sequence": config.sequence_sharding}
     constraints = {

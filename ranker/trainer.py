@@ -28,6 +28,7 @@ from ranker.blocks import Codewords
 from ranker.checkpoint import Position
 from ranker.config import TrainConfig
 from ranker.doctor import ensure_healthy
+from ranker.embeddings import load_content
 from ranker.metrics import Predictions, task_metrics
 from ranker.model import Moments, Ranker
 from ranker.predict import predict, refuse_not_finite, scoring_loader, selection_of
@@ -81,6 +82,7 @@ class Trainer:
         model = build(spec, config, moments, codewords_of(config, dataset))
         torch.manual_seed(config.seed + ranks.rank)  # each rank's part of a table starts with values of its own
         self.model, plan = shard(model, config.tables, ranks)
+        load_content(self.model, spec, dataset)
         self.optimizer, self.adam = optimizer_of(self.model, config.optimizer)
         self.dense_parameters: list[nn.Parameter] = [p for group in self.adam.param_groups for p in group["params"]]
         self.writer: SummaryWriter | None = None

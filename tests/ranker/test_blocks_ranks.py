@@ -24,6 +24,7 @@ from ranker.evaluate import evaluate
 from ranker.run import Run
 from ranker.trainer import train
 from tests.ranker.test_blocks import HISAC, HYTREC, NEXT, UXSID, options_of
+from tests.ranker.test_content import CONTENT, ON_CONTENT, vectors_of
 
 ConfigOf = Callable[..., TrainConfig]
 Read = Callable[[Path], dict[str, Tensor]]
@@ -31,12 +32,15 @@ Scalars = Callable[[Path], dict[str, dict[int, float]]]
 
 EVERY_STEP = (
     "loader.shards=2", "training.log_every=1", "training.validation_split=null", "training.checkpoint_every=1",
-    "training.keep_checkpoints=99",
+    "training.keep_checkpoints=99", CONTENT, "tables.sequence_sharding=[row_wise]",
 )  # fmt: skip
 FROM_ONE = ("loader.requests=64", "training.max_steps=4")
 UNEVEN = ("loader.requests=340", "training.epochs=2")
 WITHOUT = UXSID.replace("}", ", ortho_weight: 0}")
-RUNS = {"without auxiliary": f"{WITHOUT}, {HISAC}, {HYTREC}", "with auxiliary": f"{UXSID}, {HISAC}, {HYTREC}"}
+RUNS = {
+    "without auxiliary": f"{WITHOUT}, {HISAC}, {ON_CONTENT}, {HYTREC}",
+    "with auxiliary": f"{UXSID}, {HISAC}, {HYTREC}",
+}
 
 
 def scenarios(model: Path, coded: Path, out: Path) -> None:
@@ -95,6 +99,11 @@ def test_two_ranks_train_the_three_blocks_as_one(runs: Path, scalars: Scalars, r
 
 def test_two_ranks_train_with_the_auxiliary_loss_as_one(runs: Path, scalars: Scalars, read_checkpoint: Read):
     same_training(runs, "with auxiliary", scalars, read_checkpoint)
+
+
+def test_content_vectors_over_two_ranks_are_the_datasets(runs: Path, coded: Path, read_checkpoint: Read):
+    found = read_checkpoint(Run(runs / "two" / "without auxiliary").checkpoints()[-1])
+    assert torch.equal(found[".model.tables.content.0.embeddings.content_item_sid_vector.weight"], vectors_of(coded))
 
 
 def test_a_rank_without_requests_left_goes_along(runs: Path, coded: Path, scalars: Scalars):
