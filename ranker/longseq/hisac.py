@@ -225,12 +225,15 @@ class HiSAC(nn.Module):
     def _routed(self, history: History, leaves: Leaves, agents: Agents, e: Tensor) -> Routed:
         """What goes to the agents, and their prototypes p_a = Σ_l C_l[a^l]."""
         n = leaves.votes.numel()
-        if self.z == "codewords":
+        if self.z == "codewords" and 5 * n < 4 * leaves.event.numel():  # else the sums cost more than they save
             count = leaves.votes.to(e.dtype)
             mean = segment_sum(e, leaves.leaf, n) / count.unsqueeze(1)
             return Routed(self._in_space(leaves.code, e), mean, count, leaves.offsets, self._in_space(agents.code, e))
         offsets = offsets_of(torch.zeros_like(history.start).index_add_(0, leaves.request, leaves.votes))
         count = torch.ones_like(e[:, 0])
+        if self.z == "codewords":
+            z = self._in_space(leaves.code, e).index_select(0, leaves.leaf)
+            return Routed(z, e, count, offsets, self._in_space(agents.code, e))
         if self.z == "content":
             if history.content.size(1) != self.centre.numel():
                 raise ValueError(
