@@ -251,9 +251,11 @@ class HiSAC(nn.Module):
         """Σ_l C_l[code^l], centred `[n, dz]`."""
         if bool((code > self.most_code).any()):
             raise ValueError(f"semantic IDs up to {code.amax(0)}, but the codebooks end at {self.most_code}")
-        row = (code + self.first_code).flatten()
-        words = self.codewords.index_select(0, row).view(code.size(0), code.size(1), self.centre.numel())
-        return (words.sum(1) - self.centre).to(like.dtype)
+        row = code + self.first_code
+        place = self.codewords.index_select(0, row[:, 0]).sub_(self.centre)
+        for level in range(1, code.size(1)):
+            place.add_(self.codewords.index_select(0, row[:, level]))
+        return place.to(like.dtype)
 
 
 def _mean_square(level: Tensor) -> float:
