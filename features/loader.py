@@ -103,6 +103,7 @@ class RequestBatches(TorchDataset[dict[str, Tensor]]):
         self._reader = Reader(dataset, selection, Drop(config.drop_item, config.drop_user))
         self._partitions: dict[int, Partition] = {}
         self._orders: dict[int, Ints] = {}
+        self._first_lengths: dict[int, Ints] = {}
 
     def __len__(self) -> int:
         return self.steps
@@ -116,7 +117,8 @@ class RequestBatches(TorchDataset[dict[str, Tensor]]):
                 slot = Slot(*slots[step].tolist())
                 requests = slot.of(self._order(slot.partition))
                 rng = self._random(Draw.IDS, shard, step)
-                parts.append(self._reader.read(self._partition(slot.partition), requests, rng))
+                most = self._first_length(slot.partition) if self._selection.frozen else None
+                parts.append(self._reader.read(self._partition(slot.partition), requests, rng, most))
         return assemble(parts or [nothing(self._selection)], self._selection)
 
     def _random(self, draw: Draw, index: int, step: int = 0) -> np.random.Generator | None:
@@ -126,13 +128,28 @@ class RequestBatches(TorchDataset[dict[str, Tensor]]):
     def _order(self, index: int) -> Ints:
         """The partition's requests in this epoch's order."""
         if index not in self._orders:
-            ranges = _ranges(self._dataset.manifest.partitions[index], self._splits)
-            requests = np.concatenate([np.arange(begin, end) for begin, end in ranges])
+            requests = self._requests(index)
             if rng := self._random(Draw.REQUESTS, index):
                 row = self._partition(index).requests.flat("row")[requests]
                 requests = shuffled(requests, row, self._group, rng)
             self._orders[index] = requests
         return self._orders[index]
+
+    def _requests(self, index: int) -> Ints:
+        """The partition's requests in the splits, in file order."""
+        ranges = _ranges(self._dataset.manifest.partitions[index], self._splits)
+        return np.concatenate([np.arange(begin, end) for begin, end in ranges])
+
+    def _first_length(self, index: int) -> Ints:
+        """Events of each of the partition's history rows before its first request in the splits: `[rows]`."""
+        if index not in self._first_lengths:
+            partition = self._partition(index)
+            requests = self._requests(index)
+            first = np.full(partition.histories.flat("user").size, np.iinfo(np.int64).max)
+            lengths = partition.requests.flat("history_end")[requests].astype(np.int64)
+            np.minimum.at(first, partition.requests.flat("row")[requests], lengths)
+            self._first_lengths[index] = first
+        return self._first_lengths[index]
 
     def _partition(self, index: int) -> Partition:
         if index not in self._partitions:

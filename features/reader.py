@@ -80,11 +80,18 @@ class Reader:
         """Opened by the process that reads, which may be a worker."""
         return item_file(self._dataset)
 
-    def read(self, partition: Partition, requests: Ints, rng: np.random.Generator | None = None) -> Part:
+    def read(
+        self,
+        partition: Partition,
+        requests: Ints,
+        rng: np.random.Generator | None = None,
+        most: Ints | None = None,
+    ) -> Part:
         """The part of these requests, reordered so that those of one history row are neighbours.
 
         Args:
             rng: draws which ids are dropped; without it (evaluation) none are.
+            most: `[rows]` events that requests of each history row may read, the first ones; None: all before them.
         """
         spec = self._selection.spec
         row = partition.requests.flat("row")[requests].astype(np.int64)
@@ -92,7 +99,8 @@ class Reader:
         order = np.lexsort((length, row))
         requests, row, length = requests[order], row[order], length[order]
         base = partition.histories.lists("item").offsets[row]
-        windows = _Windows.of(row, base, length, self._selection.history_length)
+        read = length if most is None else np.minimum(length, most[row])
+        windows = _Windows.of(row, base, read, self._selection.history_length)
 
         def events(name: str) -> Array:
             return copy_windows(partition.event(name), windows.low, windows.high)

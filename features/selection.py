@@ -82,12 +82,17 @@ class FeatureSpec:
 
 @dataclass(frozen=True)
 class Selection:
-    """What to read: features, labels, the longest history needed (0: all), and oracles, labels' true probabilities."""
+    """What to read: features, labels, the longest history needed (0: all), and oracles, labels' true probabilities.
+
+    `frozen`: all requests of a history row have the history of the first of them in the splits, as from memories that
+    were computed once, before it. Other features stay those of each request.
+    """
 
     spec: FeatureSpec
     labels: tuple[str, ...]
     history_length: int
     oracles: tuple[str, ...] = ()
+    frozen: bool = False
 
 
 def resolve(features: FeaturesConfig, manifest: Manifest) -> FeatureSpec:

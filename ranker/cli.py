@@ -96,12 +96,23 @@ def train(
 
 
 @app.command()
-def evaluate(run: RunPath, split: Annotated[Split, typer.Option(help="split of the dataset")] = "test") -> None:
+def evaluate(
+    run: RunPath,
+    split: Annotated[Split, typer.Option(help="split of the dataset")] = "test",
+    frozen: Annotated[
+        bool,
+        typer.Option(
+            "--frozen",
+            help="histories end at each user's first request of the split, as memories computed before it would; "
+            "writes RUN/metrics-frozen.json",
+        ),
+    ] = False,
+) -> None:
     """Measure a run: CTR, CTCVR and CVR, overall and by history length; writes RUN/metrics.json."""
     ensure_versions()
     from ranker.evaluate import evaluate as measure
 
-    measure(run, split)
+    measure(run, split, frozen)
 
 
 @app.command()

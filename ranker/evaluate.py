@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from features.errors import UserError
+from features.progress import log
 from features.schema import SPLITS, Split
 from features.selection import resolve
 from ranker import checkpoint
@@ -35,8 +37,13 @@ def restore(run: Run, ranks: Ranks) -> Ranker:
     return model  # type: ignore[return-value]
 
 
-def evaluate(run_root: Path, split: Split = "test") -> Report | None:
+def evaluate(run_root: Path, split: Split = "test", frozen: bool = False) -> Report | None:
     """Measure a run on a split, write ``metrics.json``, show the tables; the report on rank 0, None on the others.
+
+    Args:
+        frozen: each user's requests have the history before her first one in the split, as from memories computed
+            once before it; into ``metrics-frozen.json``. What stale memories cost; and how much of UAUC is owed to
+            histories that hold the outcome of a user's other test impressions.
 
     Raises:
         UserError: no run, no such split, or another dataset than it was trained on.
@@ -47,6 +54,7 @@ def evaluate(run_root: Path, split: Split = "test") -> Report | None:
         raise UserError(f"--split {split}: not in {dataset.root}; it has {', '.join(dataset.manifest.filled_splits())}")
     with join_ranks(config.training.device, config.training.threads, config.loader.workers) as ranks:
         selection = selection_of(config, dataset, resolve(config.features, dataset.manifest))
+        selection = replace(selection, frozen=frozen)
         loader = scoring_loader(config, dataset, split, selection, ranks)
         model = restore(run, ranks)
         predictions = predict(model, loader, config, ranks, f"score {split}")
@@ -58,7 +66,9 @@ def evaluate(run_root: Path, split: Split = "test") -> Report | None:
     references = fit_references(dataset, config.training.splits, labels=labels)
     unknown = int(np.count_nonzero(predictions.item >= dataset.manifest.known_items))
     report = make_report(predictions, split, unknown, references, blocks=blocks)
-    write_metrics(report, run.root / "metrics.json")
+    write_metrics(report, run.root / ("metrics-frozen.json" if frozen else "metrics.json"))
+    if frozen:
+        log("histories end at each user's first request of the split")
     print_report(report)
     return report
 
@@ -68,9 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="ranker.evaluate", description=__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("--split", default="test", choices=SPLITS)
+    parser.add_argument("--frozen", action="store_true", help="histories end at each user's first request of the split")
     given = parser.parse_args(arguments)
     try:
-        evaluate(given.run, given.split)
+        evaluate(given.run, given.split, given.frozen)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -6,6 +6,7 @@ import itertools
 import tempfile
 import warnings
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +115,31 @@ def test_a_batch_holds_at_most_the_configured_requests_and_batches_are_even(data
     assert loader.steps() == len(sizes)
     of_partition = [end - begin for begin, end in (p.requests["train"] for p in dataset.manifest.partitions)]
     assert len(sizes) == sum(-(-count // 7) for count in of_partition)
+
+
+def test_frozen_histories_end_at_the_first_request_of_the_split(dataset: Dataset) -> None:
+    """Each history row's, however its requests fall into batches; all else stays that of the request."""
+    selection = everything(dataset)
+    expected: dict[int, list[int]] = {}
+    for p, info in enumerate(dataset.manifest.partitions):
+        histories = dataset.histories(p).column("time").to_pylist()
+        rows = dataset.requests(p).to_pylist()[slice(*info.requests["train"])]
+        for request in rows:
+            first = min(other["history_end"] for other in rows if other["row"] == request["row"])
+            expected[request["time"]] = histories[request["row"]][:first]
+    live, frozen = (
+        Loader(dataset, ("train",), of, config_of(requests=3)).batches()
+        for of in (selection, replace(selection, frozen=True))
+    )
+    shorter = 0
+    for now, then in zip(live, frozen, strict=True):
+        for request, start, end in zip(then.now.tolist(), then.start.tolist(), then.end.tolist(), strict=True):
+            assert then.event_time[start:end].tolist() == expected.pop(request)
+        shorter += int((then.end - then.start < now.end - now.start).sum())
+        for name in ("now", "item", "labels", "history_length", "candidate_dense"):
+            assert torch.equal(getattr(then, name), getattr(now, name)), name
+    assert not expected
+    assert shorter > 0
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -154,6 +154,17 @@ def test_another_split(trained: Path, tmp_path: Path):
     assert report.model["ctr"].auc == pytest.approx(best, abs=1e-12)  # what training saw
 
 
+def test_frozen_histories(trained: Path, tmp_path: Path):
+    """Other scores of the same impressions, in a file of their own. Training requests: of these a user has many."""
+    run = shutil.copytree(trained, tmp_path / "run")
+    evaluate(run, "train")
+    evaluate(run, "train", frozen=True)
+    live, frozen = (json.loads((run / name).read_text()) for name in ("metrics.json", "metrics-frozen.json"))
+    assert frozen["impressions"] == live["impressions"]
+    assert frozen["references"] == live["references"]
+    assert frozen["ctr"]["logloss"] != live["ctr"]["logloss"]
+
+
 def test_a_diverged_model_is_refused(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def broken(run: Run, ranks: Any) -> Any:
         model = restore(run, ranks)
