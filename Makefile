@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 EXTRA ?= cpu
 WORKERS ?= 2
 INSTALLED := $(VENV)/.installed-$(EXTRA)
-DEMO_MODELS := din target_attention target_attention_sids
+DEMO_MODELS := din target_attention_sids uxsid
 
 .PHONY: venv check test demo clean
 
@@ -49,7 +49,7 @@ demo: venv
 		$(BIN)/ranker train configs/synthetic/$$model.yaml --set dataset=demo/dataset --out demo/$$model; \
 		$(BIN)/ranker evaluate demo/$$model --split test; \
 	done
-	$(BIN)/ranker export demo/target_attention_sids --out demo/export
+	$(BIN)/ranker export demo/uxsid --out demo/export
 	$(BIN)/ranker compare $(addprefix demo/,$(DEMO_MODELS))
 
 clean:
