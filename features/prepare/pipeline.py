@@ -30,13 +30,13 @@ from features.prepare.engine import Engine
 from features.prepare.errors import PrepareError
 from features.prepare.items import write_items
 from features.prepare.partitions import Layout, write_partition
-from features.prepare.publish import staging
 from features.prepare.sources import open_source
 from features.prepare.sources.tables import Logs, Table
 from features.prepare.split import split_requests
 from features.prepare.staging import derive_impressions, stage_attributes, stage_events, stage_ids, stage_impressions
 from features.prepare.validate import validate
 from features.progress import Steps
+from features.publish import staging
 from features.schema import SPLITS, PrepareConfig, Scope, Split
 
 LEAST_PARTITIONS = 8

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from features.dataset import MANIFEST, CodebookInfo, ColumnInfo, Dataset, write_arrow
-from features.prepare.publish import sync_path
+from features.publish import sync_path
 from features.schema import Split
 from features.semantic_ids.codebook import Codebook
 from features.semantic_ids.coding import code_items

@@ -13,7 +13,7 @@ import numpy as np
 
 from features import provenance
 from features.dataset import Dataset
-from features.prepare.publish import staging
+from features.publish import staging
 from features.semantic_ids import quantizers
 from features.semantic_ids.codebook import Codebook
 from features.semantic_ids.coding import code_items

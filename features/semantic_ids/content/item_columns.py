@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from features.dataset import ColumnInfo, Dataset, read_arrow
+from features.dataset import ColumnInfo, Dataset
 from features.schema import Kind
 from features.semantic_ids.errors import SidsError
 from features.views import Ints
@@ -50,7 +51,4 @@ def texts(items: pa.RecordBatch, name: str, rows: Ints) -> list[str]:
 def values(dataset: Dataset, name: str, size: int) -> list[str]:
     """What each id of a categorical or bag column stands for, `[size]`: raw values where there is a vocabulary, ids
     where there is none (values cut at edges). Id 0 stands for nothing."""
-    path = dataset.root / "vocabularies" / f"{name}.arrow"
-    if not path.is_file():
-        return [str(index) for index in range(size)]
-    return ["", *(str(value) for value in read_arrow(path).column("value").to_pylist())]
+    return ["" if value is None else str(value) for value in dataset.values_of(name, np.arange(size))]

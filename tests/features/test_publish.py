@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from features.dataset import MANIFEST, Dataset, DatasetError
-from features.prepare import PrepareError, partitions, pipeline, prepare
+from features.prepare import partitions, pipeline, prepare
+from features.publish import PublishError
 from tests.features.prepare import logs
 
 _CHILD = """
@@ -48,7 +49,7 @@ def test_a_killed_preparation_leaves_no_dataset_and_the_next_run_cleans_up(tmp_p
     out = tmp_path / "out"
     process = interrupted(tmp_path, out)
     try:
-        with pytest.raises(PrepareError, match="another process is preparing it"):
+        with pytest.raises(PublishError, match="another process is writing it"):
             prepare(logs.small(tmp_path / "in"), out)
     finally:
         process.send_signal(signal.SIGKILL)
@@ -56,7 +57,7 @@ def test_a_killed_preparation_leaves_no_dataset_and_the_next_run_cleans_up(tmp_p
     assert not out.exists()
     (left,) = tmp_path.glob(".out.partial-*")
     assert not list(left.rglob(MANIFEST))
-    for folder in (left, left / "dataset"):
+    for folder in (left, left / "new"):
         with pytest.raises(DatasetError, match="did not finish"):
             Dataset(folder)
     prepare(logs.small(tmp_path / "in"), out)
@@ -75,7 +76,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(partitions, "write_arrow", full)
     config, out = logs.small(tmp_path / "in"), tmp_path / "out"
-    with pytest.raises(PrepareError, match=r"No space left on device.*free space"):
+    with pytest.raises(PublishError, match=r"No space left on device.*free space"):
         prepare(config, out)
     assert not out.exists()
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
@@ -87,7 +88,7 @@ def test_a_disk_that_fills_at_the_manifest_leaves_nothing(tmp_path: Path, monkey
 
     monkeypatch.setattr(pipeline, "hash_files", full)
     config, out = logs.small(tmp_path / "in"), tmp_path / "out"
-    with pytest.raises(PrepareError, match="quota"):
+    with pytest.raises(PublishError, match="quota"):
         prepare(config, out)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
@@ -105,14 +106,14 @@ def test_an_output_that_exists_is_refused_and_untouched(tmp_path: Path, kind: st
             if kind == "folder":
                 (out / "mine").write_text("mine")
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(PrepareError, match="exists; choose another"):
+    with pytest.raises(PublishError, match="exists; choose another"):
         prepare(logs.config({"type": "synthetic"}), out)
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_an_output_whose_folder_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(PrepareError, match="cannot write"):
+    with pytest.raises(PublishError, match="cannot write"):
         prepare(logs.config({"type": "synthetic"}), tmp_path / "file" / "out")
 
 

@@ -1,7 +1,7 @@
-"""A dataset appears whole or not at all: everything is made in a sibling folder, synced, and renamed once.
+"""A folder appears whole or not at all, be it a dataset or a codebook: all is made in a sibling, synced, renamed once.
 
 The folder ``.NAME.partial-PID`` is locked while its process lives. One that is left by a killed process has no lock:
-the next preparation of the same output removes it.
+the next process with the same output removes it.
 """
 
 from __future__ import annotations
@@ -13,19 +13,23 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from features.prepare.errors import PrepareError
+from features.errors import UserError
+
+
+class PublishError(UserError):
+    """The output exists, is being written by another process, or cannot be written."""
 
 
 @contextmanager
 def staging(out: Path) -> Generator[tuple[Path, Path]]:
-    """Yield (folder of the dataset to be, folder for scratch files); on success the former becomes `out`.
+    """Yield (the folder to be, folder for scratch files); on success the former becomes `out`.
 
     Raises:
-        PrepareError: `out` exists, is being prepared by another process, or cannot be written.
+        PublishError: `out` exists, is being written by another process, or cannot be written.
     """
     out = out.absolute()
     if out.exists() or out.is_symlink():
-        raise PrepareError(f"{out}: exists; choose another output folder, or remove it first")
+        raise PublishError(f"{out}: exists; choose another output folder, or remove it first")
     folder = out.parent / f".{out.name}.partial-{os.getpid()}"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -33,21 +37,21 @@ def staging(out: Path) -> Generator[tuple[Path, Path]]:
         folder.mkdir()
         lock = _lock(folder)
         try:
-            dataset, work = folder / "dataset", folder / "work"
-            dataset.mkdir()
+            new, work = folder / "new", folder / "work"
+            new.mkdir()
             work.mkdir()
-            yield dataset, work
-            _sync(dataset)
+            yield new, work
+            _sync(new)
             if out.exists():
-                raise PrepareError(f"{out}: has appeared meanwhile; choose another output folder")
-            dataset.rename(out)
+                raise PublishError(f"{out}: has appeared meanwhile; choose another output folder")
+            new.rename(out)
             sync_path(out.parent)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
             if lock is not None:
                 os.close(lock)
     except OSError as error:
-        raise PrepareError(
+        raise PublishError(
             f"{error.filename or out}: cannot write ({error.strerror or error}); "
             "free space or correct permissions, then run again"
         ) from error
@@ -57,7 +61,7 @@ def _remove_stale(out: Path) -> None:
     for folder in out.parent.glob(f".{out.name}.partial-*"):
         lock = _lock(folder)
         if lock is None:
-            raise PrepareError(f"{out}: another process is preparing it ({folder.name}); wait for it, or stop it")
+            raise PublishError(f"{out}: another process is writing it ({folder.name}); wait for it, or stop it")
         shutil.rmtree(folder)
         os.close(lock)
 
@@ -79,6 +83,7 @@ def _sync(folder: Path) -> None:
 
 
 def sync_path(path: Path) -> None:
+    """Have a file or folder on the disk before going on."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
