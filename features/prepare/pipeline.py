@@ -48,7 +48,8 @@ def prepare(config: PrepareConfig, out: Path) -> Manifest:
     """Make the dataset folder `out` from logs.
 
     Raises:
-        PrepareError: the logs or the config are at fault, `out` exists, or the disk is full; nothing is left behind.
+        PrepareError: the logs or the config are at fault.
+        PublishError: `out` exists, or the disk is full. Nothing is left behind.
     """
     with staging(out) as (dataset, work):
         engine = Engine(work / "engine", config.memory_limit_gb, config.threads)
