@@ -25,25 +25,19 @@ COLUMNS = [("ctr", m) for m in ("auc", "uauc", "wuauc", "logloss", "ne", "calibr
 TITLES = ["AUC", "UAUC", "WUAUC", "log loss", "NE", "calibration", "CTCVR AUC", "CTCVR UAUC", "CVR AUC", "CVR UAUC"]
 
 
-def measure(config: Path, run: Path, settings: list[str]) -> dict[str, Any]:
-    """Train and evaluate one run, unless that has been done; its metrics."""
-    if not (run / "metrics.json").is_file():
+def measure(config: Path, run: Path, settings: list[str], frozen: bool = False) -> dict[str, Any]:
+    """Train and evaluate one run, what of it has not been done; its metrics, `frozen` with frozen histories."""
+    metrics = run / ("metrics-frozen.json" if frozen else "metrics.json")
+    if not metrics.is_file():
         run.parent.mkdir(parents=True, exist_ok=True)
-        with run.with_suffix(".log").open("w") as log:
-            for command in (
-                [
-                    "ranker.train",
-                    str(config),
-                    "--out",
-                    str(run),
-                    *(["--resume"] if run.exists() else []),
-                    "--set",
-                    *settings,
-                ],
-                ["ranker.evaluate", str(run), "--split", "test"],
-            ):
+        resume = ["--resume"] if run.exists() else []
+        commands = [["ranker.evaluate", str(run), "--split", "test", *(["--frozen"] if frozen else [])]]
+        if not (run / "metrics.json").is_file():
+            commands.insert(0, ["ranker.train", str(config), "--out", str(run), *resume, "--set", *settings])
+        with run.with_suffix(".log").open("a") as log:
+            for command in commands:
                 subprocess.run([sys.executable, "-m", *command], stdout=log, stderr=log, check=True)
-    return json.loads((run / "metrics.json").read_text())
+    return json.loads(metrics.read_text())
 
 
 def cell(values: list[float | None]) -> str:
@@ -64,6 +58,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", required=True, help="names of configs")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--frozen", action="store_true", help="histories end at each user's first test request")
     parser.add_argument(
         "--parallel", type=int, default=max(1, (os.cpu_count() or 1)), help="runs at a time, a thread each"
     )
@@ -72,7 +67,7 @@ def main() -> None:
     def one(job: tuple[str, int]) -> dict[str, Any]:
         model, seed = job
         settings = [f"dataset={given.dataset}", f"seed={seed}", "training.threads=1", *given.set]
-        return measure(given.configs / f"{model}.yaml", given.out / f"{model}-{seed}", settings)
+        return measure(given.configs / f"{model}.yaml", given.out / f"{model}-{seed}", settings, given.frozen)
 
     jobs = [(model, seed) for model in given.models for seed in given.seeds]
     with ThreadPoolExecutor(given.parallel) as pool:
