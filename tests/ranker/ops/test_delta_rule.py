@@ -251,8 +251,10 @@ def test_the_kernel_is_named():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.skipif(importlib.util.find_spec("fla") is None, reason="needs flash-linear-attention")
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or importlib.util.find_spec("fla") is None,
+    reason="needs a CUDA device, with flash-linear-attention",
+)
 def test_flash_linear_attention_agrees():
     """To the kernel's own rounding."""
     generator = torch.Generator().manual_seed(0)
