@@ -7,14 +7,18 @@ Layout::
     moments.json     mean and deviation of each dense feature
     checkpoints/     step-00000100/ …; the position.json of each names the best so far by the monitored metric
     tensorboard/     scalars
+    lock             held by the process that trains
     metrics.json     written by `ranker evaluate`
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import sys
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import cast
 
@@ -28,6 +32,7 @@ from ranker import checkpoint
 from ranker.blocks import Codewords
 from ranker.config import TrainConfig
 from ranker.model import Moments
+from ranker.ranks import Ranks
 
 PACKAGES = ("torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu", "numpy", "pyarrow", "duckdb")
 
@@ -202,3 +207,25 @@ def refuse_existing(root: Path) -> None:
     """Raise RunError where a new run would overwrite something."""
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise RunError(f"{root}: exists; choose another --out, or go on with that run by --resume")
+
+
+@contextmanager
+def training_alone(root: Path, ranks: Ranks) -> Generator[None]:
+    """Keep other processes from training the same run meanwhile: they would overwrite its checkpoints.
+
+    A record lock: it ends with the process that has it, however that ends, and worker processes do not inherit it.
+
+    Raises:
+        RunError: another process trains the run.
+    """
+    with ExitStack() as held:
+
+        def take() -> None:
+            lock = held.enter_context((root / "lock").open("a"))
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunError(f"{root}: another process is training this run; wait for it, or stop it") from None
+
+        ranks.agree(take)
+        yield

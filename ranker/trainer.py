@@ -33,7 +33,7 @@ from ranker.metrics import Predictions, task_metrics
 from ranker.model import Moments, Ranker
 from ranker.predict import predict, refuse_not_finite, scoring_loader, selection_of
 from ranker.ranks import Ranks, join_ranks
-from ranker.run import Run, codewords_of, refuse_existing
+from ranker.run import Run, codewords_of, refuse_existing, training_alone
 from ranker.sharding import describe_plan, optimizer_of, shard
 from ranker.towers import esmm_loss
 
@@ -301,10 +301,12 @@ def train(config: TrainConfig, out: Path, resume: bool = False) -> None:
     with join_ranks(config.training.device, config.training.threads, config.loader.workers) as ranks:
         if resume:
             run = Run(out)
-            run.go_on_with(config)
-            trainer = Trainer(config, run.dataset(), run.moments(), ranks, next(reversed(run.checkpoints()), None))
-            if ranks.first:
-                run.save_config()
+            with training_alone(out, ranks):
+                run.go_on_with(config)
+                trainer = Trainer(config, run.dataset(), run.moments(), ranks, next(reversed(run.checkpoints()), None))
+                if ranks.first:
+                    run.save_config()
+                trainer.fit(out)
         else:
             refuse_existing(out)
             dataset = Dataset(config.dataset)
@@ -312,7 +314,8 @@ def train(config: TrainConfig, out: Path, resume: bool = False) -> None:
             # the folder comes last: what is refused until here leaves nothing behind
             trainer = Trainer(config, dataset, moments, ranks)
             ranks.agree(lambda: Run.create(out, config, dataset, moments, ranks.world).root)
-        trainer.fit(out)
+            with training_alone(out, ranks):
+                trainer.fit(out)
 
 
 def _moments(config: TrainConfig, dataset: Dataset) -> Moments:

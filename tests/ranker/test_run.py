@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -68,6 +70,31 @@ def test_a_dataset_that_is_gone_is_named(trained: Path, tmp_path: Path):
     changed.save_config()
     with pytest.raises(DatasetError, match=r"gone: no manifest.json"):
         evaluate(run)
+
+
+_HOLDER = """
+import fcntl, sys
+lock = open(sys.argv[1], "a")
+fcntl.lockf(lock, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(trained: Path, config_of: ConfigOf, tmp_path: Path):
+    """Even where the one that has it is killed, the next can go on."""
+    run = shutil.copytree(trained, tmp_path / "run")
+    before = Run(run).checkpoints()
+    command = [sys.executable, "-c", _HOLDER, str(run / "lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(RunError, match="another process is training this run; wait for it, or stop it"):
+            train(config_of("training.epochs=5"), run, resume=True)
+        assert Run(run).checkpoints() == before
+        assert Run(run).config.training.epochs == 4
+        holder.kill()
+    train(config_of("training.epochs=4"), run, resume=True)
 
 
 def test_a_folder_that_is_no_run(tmp_path: Path):
