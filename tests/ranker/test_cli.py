@@ -100,8 +100,9 @@ def test_evaluate_and_export_pass_their_arguments(run, stub):
     stub("ranker.evaluate", "evaluate", lambda *arguments: given.append(arguments))
     stub("ranker.export", "export", lambda *arguments: given.append(arguments))
     assert run("evaluate", "r", "--split", "valid")[0] == 0
+    assert run("evaluate", "r", "--frozen")[0] == 0
     assert run("export", "r", "--out", "o")[0] == 0
-    assert given == [(Path("r"), "valid"), (Path("r"), Path("o"))]
+    assert given == [(Path("r"), "valid", False), (Path("r"), "test", True), (Path("r"), Path("o"))]
     assert run("evaluate", "r", "--split", "tset")[0] == 2
 
 
