@@ -8,13 +8,10 @@ already measured, also those of tests.benchmarks.quality in the same folder, are
 
 from __future__ import annotations
 
-import argparse
-import os
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.quality import cell, measure
+from tests.benchmarks.quality import cell, measure, parser_of
 
 BLOCK = "model.long[0]"
 ABLATIONS: dict[str, dict[str, list[str]]] = {
@@ -51,15 +48,10 @@ TITLES = ["AUC", "UAUC", "WUAUC", "log loss", "CTCVR AUC", "CTCVR UAUC"]
 
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("configs", type=Path, help="folder of the dataset's configs")
-    parser.add_argument("--dataset", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
+    parser = parser_of(__doc__)
     parser.add_argument("--category", default="item.first_genre", help="the probe instead of a semantic ID")
     parser.add_argument("--blocks", nargs="+", choices=list(ABLATIONS), default=list(ABLATIONS))
-    parser.add_argument("--without", nargs="*", default=[], help="variants to leave out, by name")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--parallel", type=int, default=max(1, (os.cpu_count() or 1)), help="runs at a time")
     given = parser.parse_args()
 
     def one(job: tuple[str, str, int]) -> dict[str, Any]:
@@ -69,7 +61,7 @@ def main() -> None:
         name = f"{block}-{seed}" if not switches else f"{block} {variant}-{seed}".replace(" ", "_").replace(":", "")
         return measure(given.configs / f"{block}.yaml", given.out / name, settings)
 
-    rows = [(b, v) for b in given.blocks for v in ABLATIONS[b] if v not in given.without]
+    rows = [(b, v) for b in given.blocks for v in ABLATIONS[b]]
     jobs = [(*row, seed) for seed in given.seeds for row in rows]
     with ThreadPoolExecutor(given.parallel) as pool:
         measured = dict(zip(jobs, pool.map(one, jobs), strict=True))

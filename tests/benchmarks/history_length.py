@@ -12,28 +12,22 @@ the share of the way from the first of `--base` to the oracle. Runs that are alr
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.quality import measure
+from tests.benchmarks.quality import measure, parser_of
 
 
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("configs", type=Path, help="folder of the dataset's configs")
-    parser.add_argument("--dataset", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
+    parser = parser_of(__doc__)
     parser.add_argument("--base", default="din_sids", help="config of a model without long history")
     parser.add_argument("--models", nargs="+", required=True, help="configs, each with one block")
     parser.add_argument("--lengths", nargs="+", type=int, default=[50, 1000, 3000, 10000])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--parallel", type=int, default=max(1, (os.cpu_count() or 1)), help="runs at a time")
     given = parser.parse_args()
     common = [f"dataset={given.dataset}", f"seed={given.seed}", "training.threads=1", *given.set]
 

@@ -40,6 +40,18 @@ def measure(config: Path, run: Path, settings: list[str], frozen: bool = False) 
     return json.loads(metrics.read_text())
 
 
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """What all benchmarks of trained runs are told: configs, dataset, folder of the runs, how many train at a time."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("configs", type=Path, help="folder of the dataset's configs")
+    parser.add_argument("--dataset", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
+    parser.add_argument(
+        "--parallel", type=int, default=max(1, (os.cpu_count() or 1)), help="runs at a time, a thread each"
+    )
+    return parser
+
+
 def cell(values: list[float | None]) -> str:
     """mean ± standard deviation of the seeds."""
     known = [v for v in values if v is not None]
@@ -51,17 +63,11 @@ def cell(values: list[float | None]) -> str:
 
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("configs", type=Path, help="folder of the dataset's configs")
-    parser.add_argument("--dataset", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
+    parser = parser_of(__doc__)
     parser.add_argument("--models", nargs="+", required=True, help="names of configs")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE")
     parser.add_argument("--frozen", action="store_true", help="histories end at each user's first test request")
-    parser.add_argument(
-        "--parallel", type=int, default=max(1, (os.cpu_count() or 1)), help="runs at a time, a thread each"
-    )
     given = parser.parse_args()
 
     def one(job: tuple[str, int]) -> dict[str, Any]:
