@@ -57,7 +57,7 @@ class Block(nn.Module):
             if config.z == "content":
                 self.content_start, self.content_dim = _content(self.name, config, spec, codewords)
         try:
-            self.block = _module(config, dim * len(spec.sequence), dim, codewords)
+            self.block = _module(config, dim * len(spec.sequence), dim, self.probe_start, codewords)
         except ValueError as error:
             raise UserError(f"{self.name}: {error}") from error
         self.out_dim = int(self.block.out_dim)  # type: ignore[arg-type]
@@ -141,10 +141,10 @@ def _content(block: str, config: HiSacConfig, spec: FeatureSpec, codewords: Code
     return sum(f.dim for f in spec.content[:at]), dim
 
 
-def _module(config: LongConfig, dim: int, probe_dim: int, codewords: Codewords) -> nn.Module:
+def _module(config: LongConfig, dim: int, probe_dim: int, probe_start: int, codewords: Codewords) -> nn.Module:
     options = config.model_dump(exclude={"type", "probe", "codebook"})
     if isinstance(config, UxSidConfig):
-        return UxSID(dim, probe_dim, **options)
+        return UxSID(dim, probe_dim, probe_start=probe_start, **options)
     if isinstance(config, HiSacConfig):
         return HiSAC(dim, codewords[config.codebook], **options)
     if isinstance(config, HyTrecConfig):

@@ -48,6 +48,7 @@ class TowerConfig(Strict):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     experts: int = Field(default=4, ge=2, description="mmoe only")
     target: bool = Field(default=True, description="feed the candidate's sequence embedding too")
+    cross: bool = Field(default=True, description="feed products of the candidate and what it found in each sequence")
 
 
 class ModelConfig(Strict):

@@ -67,6 +67,29 @@ class Standardise(nn.Module):
         return ((x - self.mean) / self.deviation).clamp(-5, 5)
 
 
+class Crossed(nn.Module):
+    """What a candidate found in its history, `[N, width]`, and beside it the product with the candidate itself.
+
+    Whether the two agree is what decides, and layers on their concatenation learn a product slowly (as in DIN's e_t ⊙
+    e_i, Zhou et al. 2018; here the candidate is projected to `width` first). Off, nothing is added.
+
+    Args:
+        dim: width of a candidate.
+        width: of what it found.
+        on: False for what it found alone.
+    """
+
+    def __init__(self, dim: int, width: int, on: bool) -> None:
+        super().__init__()
+        self.project = nn.Linear(dim, width, bias=False) if on else None
+
+    def forward(self, found: Tensor, candidate: Tensor) -> Tensor:
+        """`[N, width]` and `[N, dim]` to `[N, 2 · width]`, or to `[N, width]` if off."""
+        if self.project is None:
+            return found
+        return torch.cat([found, found * self.project(candidate)], 1)
+
+
 class Dense(nn.Module):
     """Everything but the tables: scriptable, and the same in training, evaluation and export."""
 
@@ -86,8 +109,11 @@ class Dense(nn.Module):
         )
         tower = config.model.tower
         self.target_in_tower = tower.target
+        self.cross_short = Crossed(dim, dim, tower.cross and short is not None)
+        self.cross_long = nn.ModuleList([Crossed(dim, block.out_dim, tower.cross) for block in self.long])  # type: ignore[arg-type]
         inputs = tables.request_width + tables.candidate_width + len(spec.request_dense) + len(spec.candidate_dense)
-        inputs += dim * (int(tower.target) + int(short is not None)) + sum(block.out_dim for block in self.long)  # type: ignore[misc]
+        found = dim * int(short is not None) + sum(block.out_dim for block in self.long)  # type: ignore[misc]
+        inputs += dim * int(tower.target) + (2 if tower.cross else 1) * found
         tasks = 1 if config.tasks.conversion is None else 2
         self.tower = (
             MLP(inputs, tower.hidden, tasks, tower.dropout)
@@ -113,11 +139,11 @@ class Dense(nn.Module):
         if self.target_in_tower:
             parts.append(target.x)
         if self.short is not None:
-            parts.append(self.short(history, target))
+            parts.append(self.cross_short(self.short(history, target), target.x))
         auxiliary = torch.zeros([], device=history.x.device)
-        for block in self.long:
+        for block, cross in zip(self.long, self.cross_long):  # noqa: B905  TorchScript knows no `strict`
             found = block(history, target, plain.candidate_codes)
-            parts.append(found.out)
+            parts.append(cross(found.out, target.x))
             auxiliary = auxiliary + found.loss
         return Scores(self.tower(torch.cat(parts, 1)), auxiliary)
 

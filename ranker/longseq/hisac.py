@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ranker.longseq.protocol import History, Probes, Target, latest
+from ranker.longseq.protocol import History, Probes, Target, latest, start_alike
 from ranker.ops.attention import window_attention
 from ranker.ops.frozen_attention import frozen_attention, window_logsumexp
 from ranker.ops.jagged import log_bucket, offsets_of, segment_softmax, segment_sum
@@ -115,6 +115,7 @@ class HiSAC(nn.Module):
         self.query = nn.Linear(dim, self.out_dim, bias=False)
         self.key = nn.Linear(dim, self.out_dim, bias=False)
         self.value = nn.Linear(dim, self.out_dim, bias=False)
+        start_alike(self.query, self.key)
         self.decay = nn.Parameter(torch.ones(age_buckets)) if age_buckets > 0 else None
 
     @torch.jit.export

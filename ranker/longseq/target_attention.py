@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ranker.longseq.protocol import History, Probes, Target, latest
+from ranker.longseq.protocol import History, Probes, Target, latest, start_alike
 from ranker.ops.attention import window_attention
 from ranker.ops.jagged import expand_windows, log_bucket
 
@@ -43,6 +43,7 @@ class TargetAttention(nn.Module):
         self.query = nn.Linear(dim, self.out_dim, bias=False)
         self.key = nn.Linear(dim, self.out_dim, bias=False)
         self.value = nn.Linear(dim, self.out_dim, bias=False)
+        start_alike(self.query, self.key)
         self.age_bias = nn.Parameter(torch.zeros(age_buckets, heads)) if age_buckets > 0 else None
 
     def encode(self, history: History, probes: Probes) -> AttentionMemory:

@@ -5,6 +5,10 @@ the history into interests P; each distinct (request, semantic ID) attends once 
 gated by what it found, once to P (`e_local`). The two rows are the memory. A candidate attends to the two rows of its
 group, at a cost free of the history's length. Numbers in comments are the paper's equations.
 
+A probe must find the events of its own group, and from maps drawn apart it learns that late or never (synthetic data:
+Int.R@10 below chance after three epochs). So W^Q and W^K start as the identity, and a group's embedding is mapped to
+width d as the same embedding within an event is: at first every logit is the likeness of two groups.
+
 All that attends to the history does so in one pass. With a single head, (q W^Q)(E W^K)ᵀ = (q W^Q W^Kᵀ) Eᵀ and
 softmax(·)(E W^V) = (softmax(·) E) W^V: queries are moved into the events' space and what they find out of it, so that
 anchors and probes share E as keys and values, and an event is projected once, to width d.
@@ -49,6 +53,8 @@ class SingleHead(nn.Module):
         self.query = nn.Linear(width, width, bias=False)
         self.key = nn.Linear(width, width, bias=False)
         self.value = nn.Linear(width, width, bias=False)
+        nn.init.eye_(self.query.weight)
+        nn.init.eye_(self.key.weight)
 
     def forward(self, q: Tensor) -> Tensor:
         """q W^Q W^Kᵀ `[..., d]`: its products with unprojected tokens are the logits."""
@@ -60,6 +66,7 @@ class UxSID(nn.Module):
 
     Args:
         dim, probe_dim: widths of events and candidates, and of the probes' embeddings.
+        probe_start: where the embedding of an event's own group begins in the event; −1: it is no part of it.
         width: d, of everything inside and of the output.
         anchors: K, at most d, or no P could be orthogonal.
         anchor_hidden, gate_hidden: hidden widths of the anchors' feed-forward nets and of GatedNet.
@@ -86,6 +93,7 @@ class UxSID(nn.Module):
         global_probe: bool = True,
         local_probe: bool = True,
         gate: bool = True,
+        probe_start: int = -1,
     ) -> None:
         super().__init__()
         if not (global_probe or local_probe):
@@ -102,6 +110,10 @@ class UxSID(nn.Module):
         self.anchors = anchors if local_probe else 0
         self.event = nn.Linear(dim, width, bias=False)
         self.group = nn.Linear(probe_dim, width, bias=False)
+        nn.init.orthogonal_(self.group.weight)
+        if probe_start >= 0:
+            with torch.no_grad():
+                self.event.weight[:, probe_start : probe_start + probe_dim] = self.group.weight
         self.age_bias = nn.Parameter(torch.zeros(age_buckets, 1)) if age_buckets > 0 else None
         self.compress = Compress(width, anchors, anchor_hidden) if local_probe else None
         self.global_head = SingleHead(width) if global_probe else None

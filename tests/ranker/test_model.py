@@ -44,7 +44,7 @@ def test_a_request_alone_scores_as_in_a_batch(config_of: ConfigOf, dataset: Path
     alone = scores(config_of(*options, "loader.requests=1"), root)
     assert np.array_equal(together.user, alone.user)
     assert np.array_equal(together.item, alone.item)
-    assert together.p_ctr.std() > 0.01
+    assert together.p_ctr.std() > 1e-3  # far above what is compared
     np.testing.assert_allclose(together.p_ctr, alone.p_ctr, rtol=0, atol=1e-6)
     np.testing.assert_allclose(together.p_cvr, alone.p_cvr, rtol=0, atol=1e-6)
     assert len(np.unique(together.request)) == len(np.unique(alone.request))
