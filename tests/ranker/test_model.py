@@ -14,7 +14,7 @@ from features.errors import UserError
 from features.selection import resolve
 from ranker.config import TrainConfig
 from ranker.metrics import Predictions
-from ranker.model import Ranker, Standardise
+from ranker.model import Crossed, Ranker, Standardise
 from ranker.predict import predict, refuse_not_finite, scoring_loader, selection_of
 from ranker.ranks import Ranks
 
@@ -79,3 +79,10 @@ def test_scores_that_are_not_numbers_are_refused():
     )
     with pytest.raises(UserError, match=r"1 of 3 scores are not finite: training diverged; lower optimizer.lr"):
         refuse_not_finite(broken)
+
+
+def test_the_tower_sees_the_product_of_what_was_found_and_the_candidate():
+    cross, found, candidate = Crossed(2, 3, on=True), torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[5.0, 7.0]])
+    torch.nn.init.ones_(cross.project.weight)  # type: ignore[union-attr]
+    assert cross(found, candidate).tolist() == [[1, 2, 3, 12, 24, 36]]
+    assert Crossed(2, 3, on=False)(found, candidate) is found

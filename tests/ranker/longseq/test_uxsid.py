@@ -393,3 +393,14 @@ def test_refuses_what_cannot_work(wrong: dict[str, Any], message: str):
 def test_more_anchors_than_width_do_not_matter_without_them():
     """Where e_local is ablated there are no anchors."""
     assert UxSID(DIM, PROBE_DIM, width=4, anchors=16, local_probe=False).anchors == 0
+
+
+def test_an_untrained_probe_attends_most_to_events_of_its_own_group():
+    torch.manual_seed(0)
+    groups = torch.nn.functional.normalize(torch.randn(6, PROBE_DIM), dim=1)
+    block = UxSID(DIM, PROBE_DIM, width=4, anchors=3, age_buckets=0, probe_start=1)
+    x = torch.zeros(6, DIM).index_copy(1, torch.arange(1, 1 + PROBE_DIM), groups)
+    history, _ = inputs_of(shape([6], [(0, 0, 6)], [1]), DIM)
+    probes = Probes(groups, torch.arange(6), torch.zeros(6, dtype=torch.int64))
+    (weight,) = block.attention(history._replace(x=x), probes)
+    assert weight.probes.argmax(1).tolist() == [0, 1, 2, 3, 4, 5]
