@@ -7,7 +7,8 @@
         --models target_attention_sids uxsid hisac hytrec --lengths 50 1000 3000 10000
 
 Batch, width, features and seed are the same in all runs; only `model.long[0].length` differs. Beside each AUC stands
-the share of the way from the first of `--base` to the oracle. Runs that are already measured are not trained again.
+the share of the way from `--base` to the oracle; `--base-set` lets the base have a learning rate of its own, so that it
+is as good as it can be. Runs that are already measured are not trained again.
 """
 
 from __future__ import annotations
@@ -28,12 +29,13 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", type=int, default=[50, 1000, 3000, 10000])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--base-set", nargs="+", default=[], metavar="KEY=VALUE")
     given = parser.parse_args()
     common = [f"dataset={given.dataset}", f"seed={given.seed}", "training.threads=1", *given.set]
 
     def one(job: tuple[str, int]) -> dict[str, Any]:
         model, length = job
-        settings = [*common, f"model.long[0].length={length}"] if length else common
+        settings = [*common, f"model.long[0].length={length}"] if length else [*common, *given.base_set]
         run = given.out / (f"{model}-{length}" if length else model)
         return measure(given.configs / f"{model}.yaml", run, settings)
 
