@@ -158,11 +158,23 @@ class HyTRec(nn.Module):
         self.key_value = nn.Linear(width, 2 * width, bias=False)
         # of the candidate: a query for each linear layer's state, and one for the short branch
         self.query = nn.Linear(dim, (self.linear_layers + 1) * width, bias=False)
+        self._start()
         self.out = nn.Linear((self.linear_layers + 1) * width, width)
         self.pooled_out = nn.Linear(width, width, bias=False)  # W_out [reads; pooled], the latter once per request
         predicts = next_item_weight > 0
         self.predict = nn.Linear(width, width) if predicts else None
         self.follow = nn.Linear(dim, width) if predicts else None
+
+    def _start(self) -> None:
+        """Queries ask for the keys that an event like the candidate would have, were there no layer between; events
+        have no bias, which beside small embeddings would make all of them alike to the first LayerNorm."""
+        nn.init.orthogonal_(self.event.weight)
+        nn.init.zeros_(self.event.bias)
+        keys = [
+            layer.projection.weight[self.width : 2 * self.width] for layer in self.layers if isinstance(layer, Tadn)
+        ]
+        with torch.no_grad():
+            self.query.weight.copy_(torch.cat([*keys, self.key_value.weight[: self.width]]) @ self.event.weight)
 
     def memory_bytes(self, number_bytes: int = 4) -> int:
         """What a store keeps of a request at most: no L in it."""
