@@ -5,18 +5,19 @@ the history into interests P; each distinct (request, semantic ID) attends once 
 gated by what it found, once to P (`e_local`). The two rows are the memory. A candidate attends to the two rows of its
 group, at a cost free of the history's length. Numbers in comments are the paper's equations.
 
-A probe must find the events of its own group, and from maps drawn apart it learns that late or never (synthetic data:
-Int.R@10 below chance after three epochs). So W^Q and W^K start as the identity, and a group's embedding is mapped to
-width d as the same embedding within an event is: at first every logit is the likeness of two groups.
+A probe must find the events of its own group, and from maps drawn apart and small embeddings it learns that late or
+never (generated data: Int.R@10 below chance after three epochs). So W^Q and W^K start as the identity, a group's
+embedding is mapped to width d as the same embedding within an event is, and both end in a LayerNorm: from the start
+every logit is the likeness of two groups, and large enough to single out a few events of thousands.
 
 All that attends to the history does so in one pass. With a single head, (q W^Q)(E W^K)ᵀ = (q W^Q W^Kᵀ) Eᵀ and
 softmax(·)(E W^V) = (softmax(·) E) W^V: queries are moved into the events' space and what they find out of it, so that
 anchors and probes share E as keys and values, and an event is projected once, to width d.
 
-Left open by the paper and chosen here: time enters as a bias on the logits of (3) and (6), learned per logarithm of an
-event's age and shared by all queries, not as a part of E; GatedNet's activation is ReLU; anchors share the LayerNorm's
-weights; without `e_global` there is no gate; a request without events has zero rows, as a key missing from a store
-would; keys, values and query of the read are projected.
+Left open by the paper and chosen here: events and groups are normalised; time enters as a bias on the logits of (3) and
+(6), learned per logarithm of an event's age and shared by all queries, not as a part of E; GatedNet's activation is
+ReLU; anchors share the LayerNorm's weights; without `e_global` there is no gate; a request without events has zero
+rows, as a key missing from a store would; keys, values and query of the read are projected.
 """
 
 import math
@@ -55,6 +56,7 @@ class SingleHead(nn.Module):
         self.value = nn.Linear(width, width, bias=False)
         nn.init.eye_(self.query.weight)
         nn.init.eye_(self.key.weight)
+        nn.init.orthogonal_(self.value.weight)
 
     def forward(self, q: Tensor) -> Tensor:
         """q W^Q W^Kᵀ `[..., d]`: its products with unprojected tokens are the logits."""
@@ -108,12 +110,9 @@ class UxSID(nn.Module):
         self.width, self.heads, self.length, self.age_buckets = width, heads, length, age_buckets
         self.ortho_weight, self.by_row = ortho_weight, ortho == "row"
         self.anchors = anchors if local_probe else 0
-        self.event = nn.Linear(dim, width, bias=False)
-        self.group = nn.Linear(probe_dim, width, bias=False)
-        nn.init.orthogonal_(self.group.weight)
-        if probe_start >= 0:
-            with torch.no_grad():
-                self.event.weight[:, probe_start : probe_start + probe_dim] = self.group.weight
+        self.event = nn.Sequential(nn.Linear(dim, width, bias=False), nn.LayerNorm(width))
+        self.group = nn.Sequential(nn.Linear(probe_dim, width, bias=False), nn.LayerNorm(width))
+        _start_alike(self.event[0].weight, self.group[0].weight, probe_start)
         self.age_bias = nn.Parameter(torch.zeros(age_buckets, 1)) if age_buckets > 0 else None
         self.compress = Compress(width, anchors, anchor_hidden) if local_probe else None
         self.global_head = SingleHead(width) if global_probe else None
@@ -127,6 +126,8 @@ class UxSID(nn.Module):
         self.read_query = nn.Linear(dim, width, bias=False)
         self.read_key = nn.Linear(width, width, bias=False)
         self.read_value = nn.Linear(width, width, bias=False)
+        for read in (self.read_query, self.read_key, self.read_value):
+            nn.init.orthogonal_(read.weight)
 
     def encode(self, history: History, probes: Probes) -> UxSIDMemory:
         """One pass over the history for all anchors and probes of a request."""
@@ -227,6 +228,14 @@ class UxSID(nn.Module):
         return age_bias[log_bucket(age_s, self.age_buckets)]
 
 
+def _start_alike(event: Tensor, group: Tensor, start: int) -> None:
+    """Map groups `[d, dp]` by a semi-orthogonal matrix, as they are mapped within events `[d, dim]` from `start` on."""
+    nn.init.orthogonal_(group)
+    if start >= 0:
+        with torch.no_grad():
+            event[:, start : start + group.size(1)] = group
+
+
 def offsets_in(request: Tensor, requests: int) -> Tensor:
     """Offsets `[R + 1]` of the requests in their probes, given each probe's request `[Q]`, ascending."""
     return torch.searchsorted(request, torch.arange(requests + 1, device=request.device))
@@ -241,7 +250,7 @@ class Compress(nn.Module):
         self.head = SingleHead(width)
         self.w1 = nn.Parameter(torch.empty(anchors, width, hidden).uniform_(-1, 1) / math.sqrt(width))
         self.b1 = nn.Parameter(torch.zeros(anchors, hidden))
-        self.w2 = nn.Parameter(torch.empty(anchors, hidden, width).uniform_(-1, 1) / math.sqrt(hidden))
+        self.w2 = nn.Parameter(torch.zeros(anchors, hidden, width))  # else its mean drowns h, and all users look alike
         self.b2 = nn.Parameter(torch.zeros(anchors, width))
         self.norm = nn.LayerNorm(width)
 

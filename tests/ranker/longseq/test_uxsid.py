@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from ranker.longseq import History, Probes, Target
 from ranker.longseq.uxsid import SingleHead, UxSID, interest_recall, orthogonality
@@ -79,6 +79,18 @@ def attend(head: SingleHead, query: Tensor, tokens: list[Tensor], bias: list[Ten
     return out
 
 
+def normalised(norm: nn.Module, y: Tensor) -> Tensor:
+    """LayerNorm of one vector."""
+    assert isinstance(norm, nn.LayerNorm)
+    return (y - y.mean()) / (((y - y.mean()) ** 2).mean() + norm.eps) ** 0.5 * norm.weight + norm.bias
+
+
+def projected(layers: nn.Sequential, x: Tensor) -> Tensor:
+    """An event or a group in width d."""
+    linear, norm = layers
+    return normalised(norm, linear.weight @ x)  # type: ignore[operator]
+
+
 def interests_of(block: UxSID, events: list[Tensor], bias: list[Tensor]) -> list[Tensor]:
     """P, anchor by anchor: (3) and (4)."""
     compress = block.compress
@@ -88,8 +100,7 @@ def interests_of(block: UxSID, events: list[Tensor], bias: list[Tensor]) -> list
         h = attend(compress.head, anchor, events, bias)
         hidden = 1 / (1 + torch.exp(-(h @ compress.w1[k] + compress.b1[k])))
         y = h + hidden @ compress.w2[k] + compress.b2[k]
-        normal = (y - y.mean()) / (((y - y.mean()) ** 2).mean() + compress.norm.eps) ** 0.5
-        p.append(normal * compress.norm.weight + compress.norm.bias)
+        p.append(normalised(compress.norm, y))
     return p
 
 
@@ -140,7 +151,7 @@ def window_of(block: UxSID, batch: Shape, history: History, r: int) -> tuple[lis
     if block.age_bias is not None:
         ages_s = [max(0, (int(history.now[r]) - int(history.time[i])) // 1000) for i in window]
         bias = [block.age_bias[min(age.bit_length(), block.age_buckets - 1), 0] for age in ages_s]
-    return [block.event.weight @ history.x[i] for i in window], bias
+    return [projected(block.event, history.x[i]) for i in window], bias
 
 
 def reference(block: UxSID, batch: Shape, history: History, probes: Probes, target: Target) -> Expected:
@@ -152,7 +163,7 @@ def reference(block: UxSID, batch: Shape, history: History, probes: Probes, targ
         if p and events:
             losses.append(orthogonality_of(p, block.by_row).unsqueeze(0))
         for n in range(batch.offsets[r], batch.offsets[r + 1]):
-            c = block.group.weight @ probes.x[target.probe[n]]
+            c = projected(block.group, probes.x[target.probe[n]])
             out.append(chosen(block, target.x[n], probed(block, c, p, events, bias)).unsqueeze(0))
     loss = torch.cat(losses)
     return Expected(torch.cat(out), block.ortho_weight * loss.sum() / max(1, len(loss)))
