@@ -110,9 +110,10 @@ class UxSID(nn.Module):
         self.width, self.heads, self.length, self.age_buckets = width, heads, length, age_buckets
         self.ortho_weight, self.by_row = ortho_weight, ortho == "row"
         self.anchors = anchors if local_probe else 0
-        self.event = nn.Sequential(nn.Linear(dim, width, bias=False), nn.LayerNorm(width))
-        self.group = nn.Sequential(nn.Linear(probe_dim, width, bias=False), nn.LayerNorm(width))
-        _start_alike(self.event[0].weight, self.group[0].weight, probe_start)
+        event, group = nn.Linear(dim, width, bias=False), nn.Linear(probe_dim, width, bias=False)
+        _start_alike(event.weight, group.weight, probe_start)
+        self.event = nn.Sequential(event, nn.LayerNorm(width))
+        self.group = nn.Sequential(group, nn.LayerNorm(width))
         self.age_bias = nn.Parameter(torch.zeros(age_buckets, 1)) if age_buckets > 0 else None
         self.compress = Compress(width, anchors, anchor_hidden) if local_probe else None
         self.global_head = SingleHead(width) if global_probe else None
