@@ -29,7 +29,7 @@ class TargetAttentionConfig(Strict):
     type: Literal["target_attention"] = "target_attention"
     length: int = Field(default=0, ge=0, description="latest events; 0: all")
     heads: int = Field(default=2, ge=1)
-    head_dim: int = Field(default=16, ge=1)
+    head_dim: int = Field(default=16, ge=2)
     age_buckets: int = Field(default=32, ge=0)
 
 
@@ -84,7 +84,7 @@ class HiSacConfig(Strict):
     )
     length: int = Field(default=0, ge=0, description="latest events; 0: all")
     heads: int = Field(default=2, ge=1)
-    head_dim: int = Field(default=16, ge=1)
+    head_dim: int = Field(default=16, ge=2)
     gamma: float = Field(default=1.0, ge=0, description="agents weigh their votes to this power; 0: all the same")
     temperature: float = Field(default=1.0, gt=0, description="of the routing, in mean squared norms of last codewords")
     routing: Literal["items", "agents", "hard"] = Field(

@@ -158,3 +158,9 @@ def own_rows(history: History) -> History:
         torch.cat([history.code[:0], *(history.code[a:b] for a, b in windows)]),
         torch.cat([history.content[:0], *(history.content[a:b] for a, b in windows)]),
     )
+
+
+def normalised(norm: nn.Module, y: Tensor) -> Tensor:
+    """LayerNorm of one vector."""
+    assert isinstance(norm, nn.LayerNorm)
+    return (y - y.mean()) / (((y - y.mean()) ** 2).mean() + norm.eps) ** 0.5 * norm.weight + norm.bias

@@ -22,6 +22,7 @@ from tests.ranker.histories import (
     assert_same,
     differentiable,
     inputs_of,
+    normalised,
     outside,
     own_rows,
     permuted,
@@ -136,9 +137,10 @@ def reference(block: HiSAC, history: History, target: Target) -> Tensor:
             heads: list[Tensor] = []
             for h in range(block.heads):
                 of = slice(h * d, (h + 1) * d)
-                q = block.query.weight[of] @ target.x[n]
+                q = normalised(block.query_norm, block.query.weight[of] @ target.x[n])
                 logits = [
-                    q @ (block.key.weight[of] @ r_a) / math.sqrt(d) + math.log(votes**block.gamma / total)
+                    q @ normalised(block.key_norm, block.key.weight[of] @ r_a) / math.sqrt(d)
+                    + math.log(votes**block.gamma / total)
                     for r_a, (_, votes) in zip(representations, agents, strict=True)
                 ]
                 values = [block.value.weight[of] @ r_a for r_a in representations]

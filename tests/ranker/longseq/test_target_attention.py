@@ -16,6 +16,7 @@ from tests.ranker.histories import (
     assert_same,
     differentiable,
     inputs_of,
+    normalised,
     outside,
     own_rows,
     permuted,
@@ -47,11 +48,11 @@ def reference(block: TargetAttention, batch: Shape, history: History, target: Ta
             heads: list[Tensor] = []
             for h in range(block.heads):
                 of = slice(h * d, (h + 1) * d)
-                q = block.query.weight[of] @ target.x[n]
+                q = normalised(block.query_norm, block.query.weight[of] @ target.x[n])
                 logits: list[Tensor] = []
                 values: list[Tensor] = []
                 for i in window:
-                    logit = q @ (block.key.weight[of] @ history.x[i]) / d**0.5
+                    logit = q @ normalised(block.key_norm, block.key.weight[of] @ history.x[i]) / d**0.5
                     if block.age_bias is not None:
                         age_s = max(0, (int(history.now[r]) - int(history.time[i])) // 1000)
                         logit = logit + block.age_bias[min(age_s.bit_length(), block.age_buckets - 1), h]

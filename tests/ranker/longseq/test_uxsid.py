@@ -20,6 +20,7 @@ from tests.ranker.histories import (
     assert_same,
     differentiable,
     inputs_of,
+    normalised,
     outside,
     own_rows,
     randomise,
@@ -79,16 +80,11 @@ def attend(head: SingleHead, query: Tensor, tokens: list[Tensor], bias: list[Ten
     return out
 
 
-def normalised(norm: nn.Module, y: Tensor) -> Tensor:
-    """LayerNorm of one vector."""
-    assert isinstance(norm, nn.LayerNorm)
-    return (y - y.mean()) / (((y - y.mean()) ** 2).mean() + norm.eps) ** 0.5 * norm.weight + norm.bias
-
-
 def projected(layers: nn.Sequential, x: Tensor) -> Tensor:
     """An event or a group in width d."""
     linear, norm = layers
-    return normalised(norm, linear.weight @ x)  # type: ignore[operator]
+    assert isinstance(linear, nn.Linear)
+    return normalised(norm, linear.weight @ x)
 
 
 def interests_of(block: UxSID, events: list[Tensor], bias: list[Tensor]) -> list[Tensor]:
