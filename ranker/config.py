@@ -38,6 +38,7 @@ class DinConfig(Strict):
     hidden: list[int] = Field(default_factory=lambda: [64], min_length=1)
     softmax: bool = False
     age_buckets: int = Field(default=0, ge=0)
+    normalise: bool = Field(default=True, description="the activation unit sees normalised events and candidates")
 
 
 class TowerConfig(Strict):

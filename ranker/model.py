@@ -103,7 +103,7 @@ class Dense(nn.Module):
         self.of_event = Standardise([f.name for f in spec.event_dense], moments)
         self.event_projection = nn.Linear(len(spec.event_dense), dim) if spec.event_dense else None
         short = config.model.short
-        self.short = DIN(dim, short.hidden, short.length, short.softmax, short.age_buckets) if short else None
+        self.short = DIN(dim, **short.model_dump()) if short else None
         self.long = nn.ModuleList(
             [Block(i, block, spec, config.tables.dim, codewords) for i, block in enumerate(config.model.long)]
         )

@@ -63,6 +63,7 @@ def test_scalars_of_a_run(config_of: ConfigOf, scalars: Scalars, tmp_path: Path)
         ("model.short=null", "model.long=[]", "model.tower.target=false"),
         ("model.tower.cross=false", "model.long=[{type: mean}]"),
         ("model.short.softmax=true", "model.short.age_buckets=4", "model.short.hidden=[8, 4]"),
+        ("model.short.normalise=false",),
         ("features.request=[]", "features.dense=[]", "features.candidate=[]", "features.event=[]"),
         ("tables.optimizer=adagrad", "tables.dims={user: 4, item: 12}"),
         ("tables.optimizer=sgd", "loader.group=1", "loader.workers=1"),

@@ -16,6 +16,7 @@ from tests.ranker.histories import (
     assert_same,
     differentiable,
     inputs_of,
+    normalised,
     outside,
     own_rows,
     permuted,
@@ -28,11 +29,22 @@ any_shape = st.one_of(shapes(), st.sampled_from(list(EDGES.values())))
 caps = st.sampled_from([0, 1, 7, 50])
 
 
-def block_of(length: int = 0, softmax: bool = False, age_buckets: int = 8, hidden: tuple[int, ...] = (6, 3)) -> DIN:
+def block_of(
+    length: int = 0,
+    softmax: bool = False,
+    age_buckets: int = 8,
+    hidden: tuple[int, ...] = (6, 3),
+    normalise: bool = True,
+) -> DIN:
     """A small block with random float64 weights."""
-    block = DIN(DIM, list(hidden), length, softmax, age_buckets)
+    block = DIN(DIM, list(hidden), length, softmax, age_buckets, normalise)
     randomise(block)
     return block
+
+
+def seen(norm: torch.nn.Module, x: Tensor) -> Tensor:
+    """What the activation unit sees of an event or a candidate."""
+    return x if isinstance(norm, torch.nn.Identity) else normalised(norm, x)
 
 
 def reference(block: DIN, batch: Shape, history: History, target: Target) -> Tensor:
@@ -44,10 +56,10 @@ def reference(block: DIN, batch: Shape, history: History, target: Target) -> Ten
         window = range(batch.start[r], batch.end[r])
         window = window[-block.length :] if block.length else window
         for n in range(batch.offsets[r], batch.offsets[r + 1]):
-            e_t = target.x[n]
+            e_t = seen(block.target_norm, target.x[n])
             weights: list[Tensor] = []
             for i in window:
-                e_i = history.x[i]
+                e_i = seen(block.event_norm, history.x[i])
                 hidden = torch.cat([e_t, e_i, e_t - e_i, e_t * e_i]) @ first + block.bias
                 if block.age is not None:
                     age_s = max(0, (int(history.now[r]) - int(history.time[i])) // 1000)
@@ -55,7 +67,7 @@ def reference(block: DIN, batch: Shape, history: History, target: Target) -> Ten
                 for linear in linears:
                     hidden = linear.weight @ hidden.relu() + linear.bias
                 weights.append(hidden)
-            row = e_t * 0
+            row = target.x[n] * 0
             if weights:
                 weight = torch.cat(weights)
                 weight = weight.softmax(0) if block.softmax else weight
@@ -64,20 +76,29 @@ def reference(block: DIN, batch: Shape, history: History, target: Target) -> Ten
     return torch.stack(rows) if rows else target.x.new_zeros(0, DIM)
 
 
-def check(batch: Shape, length: int, softmax: bool, age_buckets: int, hidden: tuple[int, ...]) -> None:
+def check(
+    batch: Shape, length: int, softmax: bool, age_buckets: int, hidden: tuple[int, ...], normalise: bool = True
+) -> None:
     """Outputs and gradients, in events, candidates and all weights."""
-    block = block_of(length, softmax, age_buckets, hidden)
+    block = block_of(length, softmax, age_buckets, hidden, normalise)
     history, target, inputs = differentiable(*inputs_of(batch, DIM))
     assert_same(block(history, target), reference(block, batch, history, target), [*inputs, *block.parameters()], 1e-8)
 
 
 @given(
-    shapes(longest=12, most_candidates=2), caps, st.booleans(), st.sampled_from([0, 8]), st.sampled_from([(6,), (6, 3)])
+    shapes(longest=12, most_candidates=2),
+    caps,
+    st.booleans(),
+    st.sampled_from([0, 8]),
+    st.sampled_from([(6,), (6, 3)]),
+    st.booleans(),
 )
 @settings(deadline=None, max_examples=40)
-def test_equals_the_definition(batch: Shape, length: int, softmax: bool, age_buckets: int, hidden: tuple[int, ...]):
-    """With or without softmax, age buckets and a second layer."""
-    check(batch, length, softmax, age_buckets, hidden)
+def test_equals_the_definition(
+    batch: Shape, length: int, softmax: bool, age_buckets: int, hidden: tuple[int, ...], normalise: bool
+):
+    """With or without softmax, age buckets, a second layer and LayerNorms."""
+    check(batch, length, softmax, age_buckets, hidden, normalise)
 
 
 @pytest.mark.parametrize("softmax", [False, True])
