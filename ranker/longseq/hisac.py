@@ -5,7 +5,6 @@ Every event's item has a frozen content vector z_i, a semantic ID (c_i^1 … c_i
 ranking embedding e_i learned end to end. Events vote on the tree of codes, pruning keeps the leaves with most votes:
 the agents (:mod:`ranker.ops.votes`). An agent's prototype in content space gathers the events by similarity, and what
 it gathers is their ranking embeddings. An event without a semantic ID is not in content space and takes no part.
-Queries and keys of the read are normalised by head, as in :mod:`ranker.longseq.target_attention`.
 
 Which agents, and which weights, depends on frozen quantities only: agents can be made offline and handed in, and no
 gradient flows through the weights.
@@ -16,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ranker.longseq.protocol import History, Probes, Target, latest, start_alike
+from ranker.longseq.heads import Heads
+from ranker.longseq.protocol import History, Probes, Target, latest
 from ranker.ops.attention import window_attention
 from ranker.ops.frozen_attention import frozen_attention, window_logsumexp
 from ranker.ops.jagged import log_bucket, offsets_of, segment_softmax, segment_sum
@@ -113,11 +113,7 @@ class HiSAC(nn.Module):
         sizes = torch.tensor([level.size(0) for level in codewords])
         self.register_buffer("first_code", torch.cumsum(sizes, 0) - sizes)
         self.register_buffer("most_code", sizes - 1)
-        self.query = nn.Linear(dim, self.out_dim, bias=False)
-        self.key = nn.Linear(dim, self.out_dim, bias=False)
-        self.value = nn.Linear(dim, self.out_dim, bias=False)
-        start_alike(self.query, self.key)
-        self.query_norm, self.key_norm = nn.LayerNorm(head_dim), nn.LayerNorm(head_dim)
+        self.project = Heads(dim, heads, head_dim)
         self.decay = nn.Parameter(torch.ones(age_buckets)) if age_buckets > 0 else None
 
     @torch.jit.export
@@ -137,7 +133,7 @@ class HiSAC(nn.Module):
 
     def read(self, memory: HiSACMemory, target: Target) -> Tensor:
         """softmax(q kᵀ / √d + log w) v over the request's agents `[N, heads · d_head]`; zero where it has none."""
-        q = self.query_norm(self.query(target.x).unflatten(1, [self.heads, -1]))
+        q = self.project.queries(target.x)
         start, end = memory.offsets[:-1], memory.offsets[1:]
         bias = memory.log_weight.unsqueeze(1).expand(-1, self.heads)
         return window_attention(q, target.offsets, memory.k, memory.v, start, end, bias).flatten(1)
@@ -189,7 +185,7 @@ class HiSAC(nn.Module):
         r = self._represent(history, leaves, agents, self._ranking_embeddings(history, leaves))
         logit = self.gamma * agents.votes.to(r.dtype).log().unsqueeze(1)  # w_a = V^γ / Σ V^γ
         weight = segment_softmax(logit, agents.request, agents.offsets.numel() - 1)
-        k, v = self.key_norm(self.key(r).unflatten(1, [self.heads, -1])), self.value(r).unflatten(1, [self.heads, -1])
+        k, v = self.project.keys_values(r)
         return HiSACMemory(k, v, weight.squeeze(1).log(), agents.offsets)
 
     def _ranking_embeddings(self, history: History, leaves: Leaves) -> Tensor:

@@ -11,7 +11,7 @@ IDs, d width.
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ranker.ops.jagged import expand_windows, offsets_of
 
@@ -99,9 +99,3 @@ def compact(history: History) -> History:
         history.code.index_select(0, event),
         history.content.index_select(0, event),
     )
-
-
-def start_alike(query: nn.Linear, key: nn.Linear) -> None:
-    """One random semi-orthogonal matrix for both: candidates attend first to events like them, not at random."""
-    nn.init.orthogonal_(query.weight)
-    key.load_state_dict(query.state_dict())

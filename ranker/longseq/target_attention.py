@@ -3,8 +3,7 @@
 The reference that every approximation is measured against: multi-head softmax attention (Vaswani et al. 2017) with the
 candidate as the only query, and a learned bias per head on the logarithm of an event's age, which an id alone cannot
 tell.
-Keys and values are projected once per distinct history. Queries and keys are normalised by head (Dehghani et al. 2023):
-small embeddings make logits too even to single out a few events of thousands, and it takes epochs to grow them.
+Keys and values are projected once per distinct history.
 """
 
 from typing import NamedTuple
@@ -12,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ranker.longseq.protocol import History, Probes, Target, latest, start_alike
+from ranker.longseq.heads import Heads
+from ranker.longseq.protocol import History, Probes, Target, latest
 from ranker.ops.attention import window_attention
 from ranker.ops.jagged import expand_windows, log_bucket
 
@@ -41,18 +41,13 @@ class TargetAttention(nn.Module):
         super().__init__()
         self.out_dim = heads * head_dim
         self.heads, self.length, self.age_buckets = heads, length, age_buckets
-        self.query = nn.Linear(dim, self.out_dim, bias=False)
-        self.key = nn.Linear(dim, self.out_dim, bias=False)
-        self.value = nn.Linear(dim, self.out_dim, bias=False)
-        start_alike(self.query, self.key)
-        self.query_norm, self.key_norm = nn.LayerNorm(head_dim), nn.LayerNorm(head_dim)
+        self.project = Heads(dim, heads, head_dim)
         self.age_bias = nn.Parameter(torch.zeros(age_buckets, heads)) if age_buckets > 0 else None
 
     def encode(self, history: History, probes: Probes) -> AttentionMemory:
         """Project the events once per distinct history."""
         history = latest(history, self.length)
-        k = self.key_norm(self.key(history.x).unflatten(1, [self.heads, -1]))
-        v = self.value(history.x).unflatten(1, [self.heads, -1])
+        k, v = self.project.keys_values(history.x)
         bias = torch.zeros([0, self.heads], dtype=k.dtype, device=k.device)
         age_bias = self.age_bias
         if age_bias is not None:
@@ -63,7 +58,7 @@ class TargetAttention(nn.Module):
 
     def read(self, memory: AttentionMemory, target: Target) -> Tensor:
         """softmax(q kᵀ / √d + bias) v over the request's window: `[N, heads · d_head]`."""
-        q = self.query_norm(self.query(target.x).unflatten(1, [self.heads, -1]))
+        q = self.project.queries(target.x)
         bias = memory.bias if self.age_buckets > 0 else None
         out = window_attention(q, target.offsets, memory.k, memory.v, memory.start, memory.end, bias)
         return out.flatten(1)

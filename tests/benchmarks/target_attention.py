@@ -75,8 +75,8 @@ def padded(block: TargetAttention, history: History, target: Target) -> Tensor:
     def pad(x: Tensor) -> Tensor:
         return heads_first(x.new_zeros(*real.shape, DIM).masked_scatter(real.unsqueeze(2), x))
 
-    q = heads_first(block.query(target.x))
-    k, v = pad(block.key(history.x)), pad(block.value(history.x))
+    q = heads_first(block.project.queries(target.x))
+    k, v = (pad(x.flatten(1)) for x in block.project.keys_values(history.x))
     return scaled_dot_product_attention(q, k, v, real[:, None, None, :]).transpose(1, 2).reshape(-1, DIM)
 
 

@@ -137,13 +137,13 @@ def reference(block: HiSAC, history: History, target: Target) -> Tensor:
             heads: list[Tensor] = []
             for h in range(block.heads):
                 of = slice(h * d, (h + 1) * d)
-                q = normalised(block.query_norm, block.query.weight[of] @ target.x[n])
+                q = normalised(block.project.query_norm, block.project.query.weight[of] @ target.x[n])
                 logits = [
-                    q @ normalised(block.key_norm, block.key.weight[of] @ r_a) / math.sqrt(d)
+                    q @ normalised(block.project.key_norm, block.project.key.weight[of] @ r_a) / math.sqrt(d)
                     + math.log(votes**block.gamma / total)
                     for r_a, (_, votes) in zip(representations, agents, strict=True)
                 ]
-                values = [block.value.weight[of] @ r_a for r_a in representations]
+                values = [block.project.value.weight[of] @ r_a for r_a in representations]
                 heads.append(
                     torch.softmax(torch.stack(logits), 0) @ torch.stack(values) if logits else torch.zeros(d).double()
                 )

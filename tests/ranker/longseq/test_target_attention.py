@@ -48,16 +48,16 @@ def reference(block: TargetAttention, batch: Shape, history: History, target: Ta
             heads: list[Tensor] = []
             for h in range(block.heads):
                 of = slice(h * d, (h + 1) * d)
-                q = normalised(block.query_norm, block.query.weight[of] @ target.x[n])
+                q = normalised(block.project.query_norm, block.project.query.weight[of] @ target.x[n])
                 logits: list[Tensor] = []
                 values: list[Tensor] = []
                 for i in window:
-                    logit = q @ normalised(block.key_norm, block.key.weight[of] @ history.x[i]) / d**0.5
+                    logit = q @ normalised(block.project.key_norm, block.project.key.weight[of] @ history.x[i]) / d**0.5
                     if block.age_bias is not None:
                         age_s = max(0, (int(history.now[r]) - int(history.time[i])) // 1000)
                         logit = logit + block.age_bias[min(age_s.bit_length(), block.age_buckets - 1), h]
                     logits.append(logit)
-                    values.append(block.value.weight[of] @ history.x[i])
+                    values.append(block.project.value.weight[of] @ history.x[i])
                 heads.append(
                     torch.softmax(torch.stack(logits), 0) @ torch.stack(values) if logits else out.new_zeros(d)
                 )
