@@ -28,7 +28,8 @@ class Heads(nn.Module):
         self.query = nn.Linear(dim, heads * head_dim, bias=False)
         self.key = nn.Linear(dim, heads * head_dim, bias=False)
         self.value = nn.Linear(dim, heads * head_dim, bias=False)
-        self.query_norm, self.key_norm = nn.LayerNorm(head_dim), nn.LayerNorm(head_dim)
+        self.query_norm = nn.LayerNorm(head_dim)
+        self.key_norm = nn.LayerNorm(head_dim, bias=False)  # one would shift all logits of a query alike
         nn.init.orthogonal_(self.query.weight)
         self.key.load_state_dict(self.query.state_dict())
 

@@ -163,4 +163,5 @@ def own_rows(history: History) -> History:
 def normalised(norm: nn.Module, y: Tensor) -> Tensor:
     """LayerNorm of one vector."""
     assert isinstance(norm, nn.LayerNorm)
-    return (y - y.mean()) / (((y - y.mean()) ** 2).mean() + norm.eps) ** 0.5 * norm.weight + norm.bias
+    normal = (y - y.mean()) / (((y - y.mean()) ** 2).mean() + norm.eps) ** 0.5 * norm.weight
+    return normal if norm.bias is None else normal + norm.bias  # pyright: ignore[reportUnnecessaryComparison]
