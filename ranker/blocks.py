@@ -1,5 +1,6 @@
 """From a block's config to its module, with what it reads of the batch beside embeddings: codes, content and probes."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -8,12 +9,19 @@ from torch import Tensor, nn
 from features.batch import names
 from features.errors import UserError
 from features.selection import FeatureSpec
-from ranker.config_blocks import HiSacConfig, HyTrecConfig, LongConfig, MeanConfig, UxSidConfig
+from ranker.config_blocks import HiSacConfig, LongConfig, UxSidConfig
 from ranker.longseq import HiSAC, History, HyTRec, MeanPooling, Probes, Target, TargetAttention, UxSID
 from ranker.ops.probing import distinct_probes
 
 Codewords = dict[str, list[Tensor]]
 """`[K_l + 1, dz]` of each level of each codebook; row 0, no code, is zero"""
+
+MODULES: dict[str, Callable[..., nn.Module]] = {
+    "mean": MeanPooling,
+    "target_attention": TargetAttention,
+    "hytrec": HyTRec,
+}
+"""Blocks that need the width of events and their options alone, by `type`."""
 
 
 class BlockInput(NamedTuple):
@@ -147,8 +155,4 @@ def _module(config: LongConfig, dim: int, probe_dim: int, probe_start: int, code
         return UxSID(dim, probe_dim, probe_start=probe_start, **options)
     if isinstance(config, HiSacConfig):
         return HiSAC(dim, codewords[config.codebook], **options)
-    if isinstance(config, HyTrecConfig):
-        return HyTRec(dim, **options)
-    if isinstance(config, MeanConfig):
-        return MeanPooling(dim, **options)
-    return TargetAttention(dim, **options)
+    return MODULES[config.type](dim, **options)

@@ -1,4 +1,4 @@
-"""Typed configuration of the long-sequence blocks, one class a block; `type` names it."""
+"""Config of the compressors: UxSID, HiSAC and HyTRec."""
 
 from __future__ import annotations
 
@@ -7,30 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from features.schema import Strict
-
-
-def _dividing_width(heads: int, info: ValidationInfo) -> int:
-    width: int | None = info.data.get("width")  # none where it is wrong itself
-    if width is not None and width % heads:
-        raise ValueError(f"must divide width ({width})")
-    return heads
-
-
-class MeanConfig(Strict):
-    """Mean pooling."""
-
-    type: Literal["mean"] = "mean"
-    length: int = Field(default=0, ge=0, description="latest events; 0: all")
-
-
-class TargetAttentionConfig(Strict):
-    """Full-length multi-head target attention."""
-
-    type: Literal["target_attention"] = "target_attention"
-    length: int = Field(default=0, ge=0, description="latest events; 0: all")
-    heads: int = Field(default=2, ge=1)
-    head_dim: int = Field(default=16, ge=2)
-    age_buckets: int = Field(default=32, ge=0)
+from ranker.config_blocks.fields import dividing_width
 
 
 class UxSidConfig(Strict):
@@ -54,7 +31,7 @@ class UxSidConfig(Strict):
     ortho: Literal["frobenius", "row"] = Field(default="frobenius", description="how anchors' interests are normalised")
     ortho_weight: float = Field(default=0.1, ge=0, description="λ of the orthogonality loss; 0: off")
 
-    _heads = field_validator("heads")(_dividing_width)
+    _heads = field_validator("heads")(dividing_width)
 
     @field_validator("local_probe")
     @classmethod
@@ -122,9 +99,4 @@ class HyTrecConfig(Strict):
     next_item_weight: float = Field(default=0.0, ge=0, description="of the loss of predicting the next event; 0: off")
     next_items: int = Field(default=8, ge=1, description="positions of a history that it is computed for, the latest")
 
-    _heads = field_validator("heads")(_dividing_width)
-
-
-LongConfig = Annotated[
-    MeanConfig | TargetAttentionConfig | UxSidConfig | HiSacConfig | HyTrecConfig, Field(discriminator="type")
-]
+    _heads = field_validator("heads")(dividing_width)
