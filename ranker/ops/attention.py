@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ranker.ops.jagged import offsets_of
-from ranker.ops.units import merge, units_of
+from ranker.ops.units import merge, sizes_of, units_of
 
 
 def naive_window_attention(
@@ -58,20 +58,14 @@ def window_attention(
         `[N, h, dv]`; zero for candidates of an empty window.
     """
     heads, d = q.size(1), q.size(2)
-    length = end - start
-    if chunk == 0:
-        events = int(length.sum())
-        chunk = 16
-        while chunk < 128 and chunk * length.numel() < events:
-            chunk *= 2
-    per_request = q_offsets[1:] - q_offsets[:-1]
-    width = int(torch.ceil(per_request.sum() / max(per_request.numel(), 1)).clamp(1, 128))  # candidates in a tile
+    width, mean_chunk = sizes_of(q_offsets, start, end)
+    chunk = chunk if chunk > 0 else mean_chunk
     plan = units_of(q_offsets, start, end, width, chunk)
     tiles, units, request = plan.row.size(0), plan.tile.numel(), plan.request
     offset = torch.zeros([units, chunk, 1], dtype=q.dtype, device=q.device)
     offset = offset.masked_fill(~plan.real_key.unsqueeze(2), float("-inf"))
     if bias is not None:
-        pair = offsets_of(length)[:-1][request].unsqueeze(1) + plan.within
+        pair = offsets_of(end - start)[:-1][request].unsqueeze(1) + plan.within
         offset = offset + bias.index_select(0, pair.flatten()).view(units, chunk, heads)
     event = (start[request].unsqueeze(1) + plan.within).flatten()
 

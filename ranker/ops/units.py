@@ -27,6 +27,17 @@ class Units(NamedTuple):
     real_key: Tensor
 
 
+def sizes_of(q_offsets: Tensor, start: Tensor, end: Tensor) -> tuple[int, int]:
+    """Of a tile: the mean request's queries, at most 128; and of a chunk: the mean window's length to the next power of
+    two, between 16 and 128."""
+    requests = max(start.numel(), 1)
+    events, chunk = int((end - start).sum()), 16
+    while chunk < 128 and chunk * requests < events:
+        chunk *= 2
+    queries = int(q_offsets[-1]) if q_offsets.numel() > 0 else 0
+    return min(max((queries + requests - 1) // requests, 1), 128), chunk
+
+
 def units_of(q_offsets: Tensor, start: Tensor, end: Tensor, width: int, chunk: int) -> Units:
     """Queries cut into tiles of `width`, windows into chunks of `chunk`."""
     tile_rank, tile_request = _split(q_offsets[1:] - q_offsets[:-1], width)
