@@ -22,10 +22,10 @@ class UxSidConfig(Strict):
     global_probe: bool = Field(default=True, description="false: no e_global")
     local_probe: bool = Field(default=True, description="false: no anchors and no e_local")
     gate: bool = True
-    width: int = Field(default=16, ge=1, description="d, of everything inside and of the output")
+    width: int = Field(default=32, ge=1, description="d, of everything inside and of the output")
     anchors: int = Field(default=16, ge=1, description="K, at most width")
     anchor_hidden: int = Field(default=32, ge=1, description="m, of each anchor's feed-forward net")
-    gate_hidden: int = Field(default=16, ge=1)
+    gate_hidden: int = Field(default=32, ge=1)
     heads: int = Field(default=2, ge=1, description="of the candidate's attention to its group's two rows")
     age_buckets: int = Field(default=32, ge=0)
     ortho: Literal["frobenius", "row"] = Field(default="frobenius", description="how anchors' interests are normalised")

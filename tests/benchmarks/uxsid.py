@@ -31,7 +31,7 @@ from ranker.ops.probing import distinct_probes
 from tests.benchmarks.machine import machine
 from tests.benchmarks.target_attention import resident_mib
 
-DIM, PROBE_DIM, WIDTH = 32, 16, 16
+DIM, PROBE_DIM, WIDTH = 32, 16, 32
 Block = UxSID | TargetAttention
 
 

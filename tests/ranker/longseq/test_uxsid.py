@@ -344,7 +344,7 @@ def test_the_attention_shown_is_the_attention_used(batch: Shape, length: int, va
     [
         ({"width": 8, "anchors": 9}, r"anchors: 9; must be at least 1 and at most width \(8\)"),
         ({"anchors": 0}, "anchors: 0; must be at least 1"),
-        ({"heads": 3}, r"heads: 3; must divide width \(16\)"),
+        ({"heads": 3}, r"heads: 3; must divide width \(32\)"),
         ({"global_probe": False, "local_probe": False}, "global_probe and local_probe are both off"),
         ({"ortho": "rows"}, "ortho: 'rows'; must be 'frobenius' or 'row'"),
     ],
