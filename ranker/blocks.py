@@ -1,7 +1,7 @@
 """From a block's config to its module, with what it reads of the batch beside embeddings: codes, content and probes."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from features.batch import names
 from features.errors import UserError
 from features.selection import FeatureSpec
-from ranker.config_blocks import HiSacConfig, LongConfig, UxSidConfig
+from ranker.config_blocks import HiSacConfig, LongConfig, SimHardConfig, SimSoftConfig, UxSidConfig
 from ranker.longseq import HiSAC, History, HyTRec, MeanPooling, Probes, Target, TargetAttention, UxSID
+from ranker.longseq.search import ETA, MIRRN, TWIN, SimHard, SimSoft
 from ranker.ops.probing import distinct_probes
 
 Codewords = dict[str, list[Tensor]]
@@ -20,6 +21,11 @@ MODULES: dict[str, Callable[..., nn.Module]] = {
     "mean": MeanPooling,
     "target_attention": TargetAttention,
     "hytrec": HyTRec,
+    "sim_hard": SimHard,
+    "sim_soft": SimSoft,
+    "eta": ETA,
+    "twin": TWIN,
+    "mirrn": MIRRN,
 }
 """Blocks that need the width of events and their options alone, by `type`."""
 
@@ -33,10 +39,12 @@ class BlockInput(NamedTuple):
 
 
 class BlockOutput(NamedTuple):
-    """out: `[N, out_dim]`, what each candidate reads; loss: the block's own, a scalar."""
+    """out: `[N, out_dim]`, what each candidate reads; loss: the block's own, a scalar; click_logits: `[N, k]`, its own
+    of a click, from which it learns too; k = 0 for most, and for all but in training."""
 
     out: Tensor
     loss: Tensor
+    click_logits: Tensor
 
 
 class Block(nn.Module):
@@ -51,6 +59,7 @@ class Block(nn.Module):
     """
 
     code_columns: list[int]
+    predicts: Final[bool]  # final, so that TorchScript looks for `click_logits` only where they are
 
     def __init__(self, index: int, config: LongConfig, spec: FeatureSpec, dim: int, codewords: Codewords) -> None:
         super().__init__()
@@ -58,8 +67,11 @@ class Block(nn.Module):
         self.probe_column, self.probe_start, self.dim = -1, 0, dim
         self.content_start, self.content_dim = 0, 0
         self.name, self.kind = f"model.long[{index}]", config.type
-        if isinstance(config, UxSidConfig):
+        self.predicts = isinstance(config, SimSoftConfig)
+        if isinstance(config, UxSidConfig | SimHardConfig):
             self.probe_column, self.probe_start = _probe(f"{self.name}.probe", config.probe, spec, dim)
+        if isinstance(config, SimHardConfig):
+            self.code_columns = [self.probe_column]
         if isinstance(config, HiSacConfig):
             self.code_columns = _levels(self.name, config, spec, len(codewords[config.codebook]))
             if config.z == "content":
@@ -75,10 +87,12 @@ class Block(nn.Module):
         history, probes, target = self.inputs(history, target, candidate_codes)
         memory = self.block.encode(history, probes)  # type: ignore[operator]
         out = self.block.read(memory, target)  # type: ignore[operator]
-        loss = torch.zeros([], device=out.device)
+        loss, click_logits = torch.zeros([], device=out.device), torch.zeros([out.size(0), 0], device=out.device)
         if self.training:
             loss = self.block.auxiliary(history, memory)  # type: ignore[operator]
-        return BlockOutput(out, loss)
+            if self.predicts:
+                click_logits = self.block.click_logits(memory, target)  # type: ignore[operator]
+        return BlockOutput(out, loss, click_logits)
 
     def inputs(self, history: History, target: Target, candidate_codes: Tensor) -> BlockInput:
         """What the block itself reads: of the codes its own, and the probes that candidates share.
@@ -150,7 +164,7 @@ def _content(block: str, config: HiSacConfig, spec: FeatureSpec, codewords: Code
 
 
 def _module(config: LongConfig, dim: int, probe_dim: int, probe_start: int, codewords: Codewords) -> nn.Module:
-    options = config.model_dump(exclude={"type", "probe", "codebook"})
+    options = config.model_dump(exclude={"type", "probe", "codebook", "search_weight"})
     if isinstance(config, UxSidConfig):
         return UxSID(dim, probe_dim, probe_start=probe_start, **options)
     if isinstance(config, HiSacConfig):

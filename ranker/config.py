@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from features.loader import LoaderConfig
 from features.schema import Split, Strict
 from features.selection import FeaturesConfig
-from ranker.config_blocks import HiSacConfig, LongConfig
+from ranker.config_blocks import HiSacConfig, LongConfig, SimSoftConfig
 
 
 class TablesConfig(Strict):
@@ -140,3 +140,8 @@ class TrainConfig(Strict):
     def codebooks(self) -> list[str]:
         """Codebooks whose codewords some block reads."""
         return sorted({block.codebook for block in self.model.long if isinstance(block, HiSacConfig)})
+
+    @property
+    def search_weights(self) -> list[float]:
+        """Of the click losses of blocks that have one of their own, in their order."""
+        return [block.search_weight for block in self.model.long if isinstance(block, SimSoftConfig)]

@@ -44,10 +44,12 @@ def plain_of(batch: RequestBatch) -> Plain:
 
 
 class Scores(NamedTuple):
-    """logits: `[N, tasks]`, click, and conversion given a click; auxiliary: the blocks' own losses, a scalar."""
+    """logits: `[N, tasks]`, click, and conversion given a click; auxiliary: the blocks' own losses, a scalar;
+    click_logits: `[N, k]`, the blocks' own of a click, in training; their losses weigh `TrainConfig.search_weights`."""
 
     logits: Tensor
     auxiliary: Tensor
+    click_logits: Tensor
 
 
 class Standardise(nn.Module):
@@ -140,12 +142,13 @@ class Dense(nn.Module):
             parts.append(target.x)
         if self.short is not None:
             parts.append(self.cross_short(self.short(history, target), target.x))
-        auxiliary = torch.zeros([], device=history.x.device)
+        auxiliary, click_logits = torch.zeros([], device=history.x.device), [target.x[:, :0]]
         for block, cross in zip(self.long, self.cross_long):  # noqa: B905  TorchScript knows no `strict`
             found = block(history, target, plain.candidate_codes)
             parts.append(cross(found.out, target.x))
             auxiliary = auxiliary + found.loss
-        return Scores(self.tower(torch.cat(parts, 1)), auxiliary)
+            click_logits.append(found.click_logits)
+        return Scores(self.tower(torch.cat(parts, 1)), auxiliary, torch.cat(click_logits, 1))
 
 
 class Ranker(nn.Module):

@@ -35,7 +35,7 @@ from ranker.predict import predict, refuse_not_finite, scoring_loader, selection
 from ranker.ranks import Ranks, join_ranks
 from ranker.run import Run, codewords_of, refuse_existing, training_alone
 from ranker.sharding import describe_plan, optimizer_of, shard
-from ranker.towers import esmm_loss
+from ranker.towers import click_losses, esmm_loss
 
 
 def build(spec: FeatureSpec, config: TrainConfig, moments: Moments, codewords: Codewords) -> Ranker:
@@ -181,10 +181,13 @@ class Trainer:
         losses = esmm_loss(scores.logits, batch.labels)
         weights = torch.tensor([1.0, self.config.tasks.conversion_weight][: losses.numel()], device=losses.device)
         # ranks are averaged in the backward pass; times their number, this is the mean over all candidates
-        loss = (losses * weights).sum() * (self.ranks.world / max(candidates, 1.0))
+        share = self.ranks.world / max(candidates, 1.0)
+        loss = (losses * weights).sum() * share
         # each rank's is the mean over its requests with events, of which ranks have unlike numbers
         read = float((batch.end > batch.start).sum())
         auxiliary = scores.auxiliary * (read * self.ranks.world / max(self.ranks.total(read), 1.0))
+        of_blocks = click_losses(scores.click_logits, batch.labels)
+        auxiliary = auxiliary + (of_blocks * of_blocks.new_tensor(self.config.search_weights)).sum() * share
         loss = loss + auxiliary
         self.optimizer.zero_grad()
         loss.backward()

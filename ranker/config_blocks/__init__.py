@@ -8,9 +8,32 @@ from pydantic import Field
 
 from ranker.config_blocks.compressors import HiSacConfig, HyTrecConfig, UxSidConfig
 from ranker.config_blocks.exact import MeanConfig, TargetAttentionConfig
+from ranker.config_blocks.search import EtaConfig, MirrnConfig, SimHardConfig, SimSoftConfig, TwinConfig
 
 LongConfig = Annotated[
-    MeanConfig | TargetAttentionConfig | UxSidConfig | HiSacConfig | HyTrecConfig, Field(discriminator="type")
+    MeanConfig
+    | TargetAttentionConfig
+    | UxSidConfig
+    | HiSacConfig
+    | HyTrecConfig
+    | SimHardConfig
+    | SimSoftConfig
+    | EtaConfig
+    | TwinConfig
+    | MirrnConfig,
+    Field(discriminator="type"),
 ]
 
-__all__ = ["HiSacConfig", "HyTrecConfig", "LongConfig", "MeanConfig", "TargetAttentionConfig", "UxSidConfig"]
+__all__ = [
+    "EtaConfig",
+    "HiSacConfig",
+    "HyTrecConfig",
+    "LongConfig",
+    "MeanConfig",
+    "MirrnConfig",
+    "SimHardConfig",
+    "SimSoftConfig",
+    "TargetAttentionConfig",
+    "TwinConfig",
+    "UxSidConfig",
+]

@@ -58,7 +58,11 @@ class Target(NamedTuple):
 
 class LongSequence(Protocol):
     """What a long-sequence block offers. Implementations are scriptable ``nn.Module``s whose memory is a NamedTuple
-    of tensors."""
+    of tensors.
+
+    A block whose memory is not trained by what candidates read of it may predict clicks itself, in training, by
+    ``click_logits(memory, target)``: `[N, k]` (:class:`ranker.longseq.search.sim_soft.SimSoft`).
+    """
 
     out_dim: int
 

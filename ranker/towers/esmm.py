@@ -26,6 +26,12 @@ def esmm_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([ctr, ctcvr])
 
 
+def click_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Summed binary cross-entropies of clicks for each of k predictions: `[k]` of logits `[N, k]`; labels as above."""
+    clicks = labels[:, :1].expand_as(logits)
+    return binary_cross_entropy_with_logits(logits, clicks, reduction="none").sum(0)
+
+
 def esmm_probabilities(logits: Tensor) -> Tensor:
     """`[N, 1]` (pCTR) or `[N, 3]` (pCTR, pCTCVR, pCVR)."""
     p = torch.sigmoid(logits)

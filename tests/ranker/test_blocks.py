@@ -1,7 +1,8 @@
-"""UxSID, HiSAC and HyTRec in the ranker, by config: they learn, resume, are exported; what cannot fit is refused."""
+"""Long-sequence blocks in the ranker, by config: they learn, resume, are exported; what cannot fit is refused."""
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from ranker.model import Ranker
 from ranker.predict import scoring_loader, selection_of
 from ranker.ranks import Ranks
 from ranker.run import Run, codewords_of
-from ranker.towers import esmm_loss
+from ranker.towers import click_losses, esmm_loss
 from ranker.trainer import train
 from tests.ranker.test_export import SERVER
 
@@ -38,8 +39,14 @@ UXSID = "{type: uxsid, width: 8, anchors: 4, anchor_hidden: 8, gate_hidden: 8}"
 HISAC = "{type: hisac, keep: [3, 2], head_dim: 4}"
 HYTREC = "{type: hytrec, width: 8, layers: 2, ratio: 1, short_length: 10}"
 NEXT = "{type: hytrec, width: 8, layers: 2, ratio: 1, short_length: 10, next_item_weight: 0.1}"
-BLOCKS = {"uxsid": UXSID, "hisac": HISAC, "hytrec": HYTREC, "all three": f"{UXSID}, {HISAC}, {HYTREC}"}
-ALL = BLOCKS["all three"]
+SIM_HARD = "{type: sim_hard, probe: item.sid_1, top: 5, head_dim: 4}"
+SIM_SOFT = "{type: sim_soft, search_dim: 4, top: 5, head_dim: 4}"
+ETA = "{type: eta, bits: 16, top: 5, head_dim: 4}"
+TWIN = "{type: twin, top: 5, head_dim: 4}"
+MIRRN = "{type: mirrn, bits: 16, top: 5, head_dim: 4}"
+SEARCHES = f"{SIM_HARD}, {SIM_SOFT}, {ETA}, {TWIN}, {MIRRN}"
+ALL = f"{UXSID}, {HISAC}, {HYTREC}"
+BLOCKS = {"uxsid": UXSID, "hisac": HISAC, "hytrec": HYTREC, "all three": ALL, "searches": SEARCHES}
 
 
 def options_of(root: Path, blocks: str, *more: str) -> tuple[str, ...]:
@@ -65,7 +72,8 @@ def batches_of(config: TrainConfig) -> tuple[RequestBatch, RequestBatch]:
 def loss_of(model: Ranker, batch: RequestBatch) -> Tensor:
     """As in a step of training."""
     scores = model.train()(batch)
-    return esmm_loss(scores.logits, batch.labels).sum() / max(batch.candidates, 1) + scores.auxiliary
+    clicks = esmm_loss(scores.logits, batch.labels).sum() + click_losses(scores.click_logits, batch.labels).sum()
+    return clicks / max(batch.candidates, 1) + scores.auxiliary
 
 
 @pytest.mark.parametrize("blocks", BLOCKS)
@@ -75,9 +83,9 @@ def test_it_learns_and_is_exported(config_of: ConfigOf, coded: Path, tmp_path: P
     found = scalars(tmp_path / "run")
     losses = list(found["loss/ctr"].values())
     assert losses[-1] < 0.95 * losses[0]
-    assert (found["loss/auxiliary"][10] > 0) == ("uxsid" in BLOCKS[blocks])
+    assert (found["loss/auxiliary"][10] > 0) == any(name in BLOCKS[blocks] for name in ("uxsid", "sim_soft"))
     assert export(tmp_path / "run", tmp_path / "export") <= 1e-5
-    if blocks == "all three":
+    if blocks in ("all three", "searches"):
         scored_elsewhere(Run(tmp_path / "run"), tmp_path / "export" / "ranker.pt", tmp_path / "requests.pt")
 
 
@@ -103,15 +111,16 @@ def logits_of(config: TrainConfig, candidates: int) -> Tensor:
     return found[:candidates]
 
 
-def test_a_request_alone_scores_as_in_a_batch(config_of: ConfigOf, coded: Path):
-    options = options_of(coded, ALL, "tables.init_scale=1")
+@pytest.mark.parametrize("blocks", ["all three", "searches"])
+def test_a_request_alone_scores_as_in_a_batch(config_of: ConfigOf, coded: Path, blocks: str):
+    options = options_of(coded, BLOCKS[blocks], "tables.init_scale=1")
     together = logits_of(config_of(*options, "loader.requests=64"), 8 * 64)
     alone = logits_of(config_of(*options, "loader.requests=1"), 8 * 64)
-    assert together.std() > 0.1
+    assert together.std() > 0.05  # far above what is compared
     torch.testing.assert_close(alone, together, rtol=0, atol=5e-6)
 
 
-@pytest.mark.parametrize("blocks", [UXSID, HISAC, HYTREC, NEXT])
+@pytest.mark.parametrize("blocks", [UXSID, HISAC, HYTREC, NEXT, SIM_HARD, SIM_SOFT, ETA, TWIN, MIRRN])
 def test_a_batch_without_events_and_candidates_gives_the_same_parameters_a_gradient(
     config_of: ConfigOf, coded: Path, blocks: str
 ):
@@ -130,9 +139,10 @@ def test_a_batch_without_events_and_candidates_gives_the_same_parameters_a_gradi
     assert not any(p.grad.any() for p in model.dense.parameters() if p.grad is not None)
 
 
-def test_requests_without_events_score_as_by_themselves(config_of: ConfigOf, coded: Path):
+@pytest.mark.parametrize("blocks", ["all three", "searches"])
+def test_requests_without_events_score_as_by_themselves(config_of: ConfigOf, coded: Path, blocks: str):
     """Every window emptied: finite scores, the same whatever was in it."""
-    config = config_of(*options_of(coded, ALL, "tables.init_scale=1"))
+    config = config_of(*options_of(coded, BLOCKS[blocks], "tables.init_scale=1"))
     batch = batches_of(config)[0]
     model = built(config).eval()
     before = model(batch._replace(end=batch.start)).logits
@@ -166,6 +176,35 @@ def test_auxiliary_losses_are_of_training_alone(config_of: ConfigOf, coded: Path
     assert float(both) > 0
 
 
+def test_a_blocks_own_prediction_of_clicks_is_of_training_alone(config_of: ConfigOf, coded: Path):
+    """As many as there are blocks that predict; evaluation has none, and the same scores."""
+    config = config_of(*options_of(coded, f"{SIM_SOFT}, {ETA}, {SIM_SOFT}"))
+    batch, model = batches_of(config)[0], built(config)
+    trained, evaluated = model.train()(batch), model.eval()(batch)
+    assert trained.click_logits.shape == (batch.candidates, len(config.search_weights)) == (batch.candidates, 2)
+    assert evaluated.click_logits.shape == (batch.candidates, 0)
+    torch.testing.assert_close(trained.logits, evaluated.logits, rtol=0, atol=0)
+
+
+def test_a_search_unit_is_trained_by_its_own_loss_with_its_weight(
+    config_of: ConfigOf, coded: Path, tmp_path: Path, scalars: Scalars
+):
+    """The auxiliary loss of the first step is the mean entropy of clicks, log 2 to begin with, times the weight."""
+    steps = (
+        "training.max_steps=1",
+        "training.log_every=1",
+        "training.validation_split=null",
+        "tables.init_scale=0.001",
+    )
+    losses: list[float] = []
+    for weight in ("0.5", "2"):
+        block = SIM_SOFT.replace("}", f", search_weight: {weight}}}")
+        train(config_of(*options_of(coded, block, *steps)), tmp_path / weight)
+        losses.append(scalars(tmp_path / weight)["loss/auxiliary"][1] / float(weight))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0] == pytest.approx(math.log(2), abs=0.25)
+
+
 def test_resuming_is_as_if_never_interrupted(config_of: ConfigOf, coded: Path, tmp_path: Path, read_checkpoint: Read):
     options = options_of(coded, UXSID, "training.validation_split=null", "training.checkpoint_every=4")
     train(config_of(*options, "training.max_steps=8"), tmp_path / "whole")
@@ -197,6 +236,16 @@ REFUSED_BY_THE_DATA = {
         f"{{type: mean}}, {UXSID}",
         "features.sequence=[item, item.category]",
         r"model.long\[1\].probe: 'item.sid_1' is not in features.sequence, which has item, item.category; add it there",
+    ),
+    "a search's probe that is no code": (
+        SIM_HARD,
+        "features.codes=[item.sid_2]",
+        r"model.long\[0\].probe: 'item.sid_1' is not in features.codes, which has item.sid_2; add it there",
+    ),
+    "blocks of channels that do not divide the width": (
+        f"{ETA}, {{type: mirrn, blocks: 3}}",
+        "features.codes=[]",
+        r"model.long\[1\]: blocks: 3; must divide the width of an event \(16\)",
     ),
     "no codes at all": (
         UXSID,
@@ -242,6 +291,10 @@ REFUSED_AT_LOAD = {
     ),
     "{type: uxsid, ortho: column}": r"model.long\[0\].ortho: got 'column'; .*allowed: 'frobenius' or 'row'",
     "{type: hisac, keep: [0, 1]}": r"model.long\[0\].keep\[0\]: got 0; must be greater than or equal to 1",
+    "{type: sim_hard}": r"model.long\[0\].probe: this key is missing",
+    "{type: sim_soft, search_weight: 0}": r"model.long\[0\].search_weight: got 0; must be greater than 0",
+    "{type: twin, head_dim: 1}": r"model.long\[0\].head_dim: got 1; must be greater than or equal to 2",
+    "{type: eta, top: 0}": r"model.long\[0\].top: got 0; must be greater than or equal to 1",
     "{type: uxsd}": r"model.long\[0\].type: got 'uxsd'; did you mean 'uxsid'\? allowed: ",
 }
 
@@ -258,7 +311,9 @@ def test_without_anchors_their_number_does_not_matter(config_of: ConfigOf):
 
 
 @pytest.mark.parametrize("dataset", ["ml1m", "ebnerd", "kuairand", "synthetic"])
-@pytest.mark.parametrize("name", ["uxsid", "hisac", "hytrec", "all_three"])
+@pytest.mark.parametrize(
+    "name", ["uxsid", "hisac", "hytrec", "all_three", "sim_hard", "sim_soft", "eta", "twin", "mirrn"]
+)
 def test_the_configs_load(monkeypatch: pytest.MonkeyPatch, dataset: str, name: str):
     monkeypatch.setenv("RANKER_DATA", "/data")
     config = load_config(CONFIGS / dataset / f"{name}.yaml", TrainConfig)

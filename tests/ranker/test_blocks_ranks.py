@@ -1,4 +1,4 @@
-"""Two ranks train the three blocks as one rank does; a rank that has run out of requests goes along."""
+"""Two ranks train long-sequence blocks as one rank does; a rank that has run out of requests goes along."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ranker.config import TrainConfig
 from ranker.evaluate import evaluate
 from ranker.run import Run
 from ranker.trainer import train
-from tests.ranker.test_blocks import HISAC, HYTREC, NEXT, UXSID, options_of
+from tests.ranker.test_blocks import HISAC, HYTREC, NEXT, SEARCHES, UXSID, options_of
 from tests.ranker.test_content import CONTENT, ON_CONTENT, vectors_of
 
 ConfigOf = Callable[..., TrainConfig]
@@ -40,6 +40,7 @@ WITHOUT = UXSID.replace("}", ", ortho_weight: 0}")
 RUNS = {
     "without auxiliary": f"{WITHOUT}, {HISAC}, {ON_CONTENT}, {HYTREC}",
     "with auxiliary": f"{UXSID}, {HISAC}, {HYTREC}",
+    "searches": SEARCHES,
 }
 
 
@@ -99,6 +100,11 @@ def test_two_ranks_train_the_three_blocks_as_one(runs: Path, scalars: Scalars, r
 
 def test_two_ranks_train_with_the_auxiliary_loss_as_one(runs: Path, scalars: Scalars, read_checkpoint: Read):
     same_training(runs, "with auxiliary", scalars, read_checkpoint)
+
+
+def test_two_ranks_train_searches_as_one(runs: Path, scalars: Scalars, read_checkpoint: Read):
+    """With the search unit's loss."""
+    same_training(runs, "searches", scalars, read_checkpoint)
 
 
 def test_content_vectors_over_two_ranks_are_the_datasets(runs: Path, coded: Path, read_checkpoint: Read):

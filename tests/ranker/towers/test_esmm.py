@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ranker.towers import esmm_loss, esmm_probabilities
+from ranker.towers import click_losses, esmm_loss, esmm_probabilities
 
 logits = st.floats(-40, 40)
 rows = st.lists(st.tuples(logits, logits, st.integers(0, 1), st.integers(0, 1)), max_size=12)
@@ -133,3 +133,11 @@ def test_scripted_is_the_same_on_other_sizes():
     for shape in ([3, 2], [3, 1], [0, 2], [20, 2], [20, 1]):
         x = torch.randn(shape)
         torch.testing.assert_close(scripted(x), esmm_probabilities(x))
+
+
+@pytest.mark.parametrize(("n", "k"), [(7, 3), (7, 0), (0, 2)])
+def test_each_further_prediction_of_clicks_has_the_loss_of_a_click(n: int, k: int):
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(n, k, generator=generator), torch.randint(0, 2, [n, 2], generator=generator).float()
+    expected = [float(esmm_loss(logits[:, i : i + 1], labels)) for i in range(k)]
+    assert click_losses(logits, labels).tolist() == pytest.approx(expected)
