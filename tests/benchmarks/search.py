@@ -85,7 +85,8 @@ def training(events: int, repeats: int) -> None:
     history, target = history._replace(x=history.x.requires_grad_()), target._replace(x=target.x.requires_grad_())
     ways: dict[str, Callable[[], object]] = {}
     for name, kind in BLOCKS.items():
-        ways[name] = lambda block=kind(DIM): block(history, probes, target).sum().backward()
+        block = kind(DIM)
+        ways[name] = lambda block=block: block(history, probes, target).sum().backward()
     found = medians_ms(ways, repeats)
     print(f"training: 8 histories of {events:,} events, 64 requests of 4 candidates; step ms, / target attention's")
     for name in BLOCKS:

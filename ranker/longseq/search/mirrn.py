@@ -26,7 +26,8 @@ from ranker.longseq.heads import Heads
 from ranker.longseq.protocol import History, Probes, Target, latest
 from ranker.longseq.search.found import ages_s
 from ranker.ops.found_attention import attend, take_found
-from ranker.ops.jagged import log_bucket, segments_of, window_mean
+from ranker.ops.jagged import log_bucket, segments_of
+from ranker.ops.outer_sums import outer_sums
 from ranker.ops.simhash import simhash
 from ranker.ops.topk_windows import topk_windows
 
@@ -119,11 +120,12 @@ class MIRRN(nn.Module):
         history = latest(history, self.length)
         x, start, end, now = history.x, history.start, history.end, history.now
         code = simhash(x, self.planes)
-        queries = torch.stack(
-            [window_mean(x, torch.maximum(start, end - self.recent), end), window_mean(x, start, end)], 1
-        )
+        latest_few = torch.maximum(start, end - self.recent)
+        first = torch.stack([latest_few, start], 1).flatten()
+        # the sums of events, whose hashes are those of their means
+        queries = outer_sums(x.detach(), torch.ones_like(x[:, :1]), first, end.repeat_interleave(2)).squeeze(2)
         offsets = 2 * torch.arange(start.numel() + 1, device=x.device)
-        event = self._search(queries.flatten(0, 1), offsets, code, start, end).view(-1, 2, self.top)
+        event = self._search(queries, offsets, code, start, end).view(-1, 2, self.top)
         of_recent, of_all = event[:, 0], event[:, 1]
         recent = self.of_recent(self._sequence(x, of_recent, history.time, end, now))
         whole = self.of_all(self._sequence(x, of_all, history.time, end, now))
