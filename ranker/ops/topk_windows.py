@@ -3,7 +3,7 @@
 :func:`naive_topk_windows` is the definition, a loop; :func:`topk_windows` scores chunk after chunk of all windows at
 once and keeps the best K so far, so that the scores never stand in memory together: at most 4 M of them (`places`), or
 64 a query where there are more than 65,536 queries. For 500 candidates × 100,000 events and one head that is 100 MB
-beside the inputs, where all scores with their keys would be 1 GB.
+beside the inputs, where all scores with their keys would be 600 MB.
 
 What is compared are *keys*: an integer that orders scores first and the place in the window second, so that of equal
 scores the more recent event wins, the same on every machine. Equal means equal in steps of 2^-14, far less than a
