@@ -1,0 +1,82 @@
+"""SDIM: a candidate finds the events that SimHash puts into its own bucket, under several hashes (Cao et al. 2022,
+"Sampling Is All You Need on Modeling Long-Term User Behaviors for CTR Prediction", arXiv:2205.10249).
+
+ℓ_j(q) = Σ_i [hash_j(s_i) = hash_j(q)] s_i, normalised to length 1 (L2); the output is the mean over the hashes j. In
+expectation an event at an angle θ to the candidate weighs (1 − θ/π)^bits: attention without a softmax. The sums of all
+buckets are the memory, and a candidate looks one up for each hash.
+
+The defaults, 16 hashes of 3 bits, are 48 planes three at a time, near the paper's setting; public implementations use 2
+hashes of 4 bits. Not in the paper: an event may weigh by its age in the sums. The hash takes no gradient, and is found
+once per distinct event.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding_bag
+
+from ranker.longseq.groups.grouped import AgeWeight
+from ranker.longseq.protocol import History, Probes, Target, latest
+from ranker.ops.groups import group_sums
+from ranker.ops.jagged import expand_windows, segments_of
+from ranker.ops.simhash import random_planes, simhash
+
+
+class SDIMMemory(NamedTuple):
+    """bucket: `[R, hashes, 2^bits, d]`, of length 1, or zero for a bucket without events."""
+
+    bucket: Tensor
+
+
+class SDIM(nn.Module):
+    """Buckets of the latest `length` events (0: all).
+
+    Args:
+        dim: width of events and candidates, and of the output.
+        hashes, bits: how many hash functions, and bits of each.
+        age_buckets: buckets of log2(age in seconds) for the events' learned weights; 0 turns them off.
+    """
+
+    planes: Tensor
+
+    def __init__(self, dim: int, hashes: int = 16, bits: int = 3, length: int = 0, age_buckets: int = 32) -> None:
+        super().__init__()
+        if hashes < 1:
+            raise ValueError(f"hashes: {hashes}; must be at least 1")
+        if not 1 <= bits <= 10:
+            raise ValueError(f"bits: {bits}; must be from 1 to 10: there are 2^bits buckets")
+        self.register_buffer("planes", random_planes(dim, hashes, bits))
+        self.age = AgeWeight(age_buckets)
+        self.out_dim = dim
+        self.hashes, self.buckets, self.length = hashes, 1 << bits, length
+
+    def memory_bytes(self, number_bytes: int = 4) -> int:
+        """What a store keeps of a request: no L in it."""
+        return number_bytes * self.hashes * self.buckets * self.out_dim
+
+    def encode(self, history: History, probes: Probes) -> SDIMMemory:
+        """O(Σ L · hashes · 2^bits)."""
+        history = latest(history, self.length)
+        event, _ = expand_windows(history.start, history.end)
+        group = simhash(history.x, self.planes).to(torch.int16).index_select(0, event)
+        weight = self.age(history).exp()
+        total = group_sums(history.x, group, weight, history.start, history.end, self.buckets).squeeze(3)
+        norm = (total.square().sum(3, keepdim=True) + 1e-12).sqrt()  # finite gradients where nothing is summed
+        return SDIMMemory(total / norm)
+
+    def read(self, memory: SDIMMemory, target: Target) -> Tensor:
+        """The mean of the candidate's buckets: `[N, d]`."""
+        table = segments_of(target.offsets).unsqueeze(1) * self.hashes + torch.arange(
+            self.hashes, device=target.x.device
+        )
+        row = table * self.buckets + simhash(target.x, self.planes)
+        return embedding_bag(row, memory.bucket.flatten(0, 2), mode="mean")
+
+    def auxiliary(self, history: History, memory: SDIMMemory) -> Tensor:
+        """None of its own."""
+        return history.x.new_zeros([])
+
+    def forward(self, history: History, probes: Probes, target: Target) -> Tensor:
+        """`encode` and `read` in one: `[N, out_dim]`."""
+        return self.read(self.encode(history, probes), target)
