@@ -11,6 +11,7 @@ from features.errors import UserError
 from features.selection import FeatureSpec
 from ranker.config_blocks import HiSacConfig, LongConfig, SimHardConfig, SimSoftConfig, UxSidConfig
 from ranker.longseq import HiSAC, History, HyTRec, MeanPooling, Probes, Target, TargetAttention, UxSID
+from ranker.longseq.groups import LSH, SDIM, VQL, Aggregator, CFormer, KMeans, Patching, PolyEncoder
 from ranker.longseq.search import ETA, MIRRN, TWIN, SimHard, SimSoft
 from ranker.ops.probing import distinct_probes
 
@@ -26,6 +27,14 @@ MODULES: dict[str, Callable[..., nn.Module]] = {
     "eta": ETA,
     "twin": TWIN,
     "mirrn": MIRRN,
+    "sdim": SDIM,
+    "vql": VQL,
+    "cformer": CFormer,
+    "kmeans": KMeans,
+    "lsh": LSH,
+    "patching": Patching,
+    "aggregator": Aggregator,
+    "poly_encoder": PolyEncoder,
 }
 """Blocks that need the width of events and their options alone, by `type`."""
 

@@ -8,6 +8,16 @@ from pydantic import Field
 
 from ranker.config_blocks.compressors import HiSacConfig, HyTrecConfig, UxSidConfig
 from ranker.config_blocks.exact import MeanConfig, TargetAttentionConfig
+from ranker.config_blocks.groups import (
+    AggregatorConfig,
+    CFormerConfig,
+    KMeansConfig,
+    LshConfig,
+    PatchingConfig,
+    PolyEncoderConfig,
+    SdimConfig,
+    VqlConfig,
+)
 from ranker.config_blocks.search import EtaConfig, MirrnConfig, SimHardConfig, SimSoftConfig, TwinConfig
 
 LongConfig = Annotated[
@@ -20,7 +30,15 @@ LongConfig = Annotated[
     | SimSoftConfig
     | EtaConfig
     | TwinConfig
-    | MirrnConfig,
+    | MirrnConfig
+    | SdimConfig
+    | VqlConfig
+    | CFormerConfig
+    | KMeansConfig
+    | LshConfig
+    | PatchingConfig
+    | AggregatorConfig
+    | PolyEncoderConfig,
     Field(discriminator="type"),
 ]
 

@@ -14,11 +14,13 @@ error of a logit, ‖a − â‖₁ ≤ 2 tanh(ε/2) of the attention weights, f
 
 Loss: λ(‖sg(k) − c‖² + μ‖k − sg(c)‖²), the mean over a history's events and the heads, then over requests with events.
 
-Chosen here: gradients are those of the equations, none passes straight through the quantiser. The codes learn from the
-task and from the first term; keys follow their codes by the second term alone (as the dense form with quantised keys
-has it; a straight-through gradient would need every event again for every candidate). Queries and keys are normalised
-(:mod:`ranker.longseq.heads`), and codes start at random on the sphere where the keys are. A code that is nearest to no
-event has no part and no gradient; :meth:`VQL.used` tells how many there are.
+Chosen here: codes take the gradient of the equations, from the task and from the first term. Keys take that of the
+second term and, with `straight_through`, their code's gradient in their own request, each the share w_i / N_m of it:
+what a quantiser that passes gradients straight through gives in the dense form, but for the values, which count as
+equal within a code; exactly that would need every event again for every candidate. Without it no task reaches the keys,
+and all they learn is to be near codes, alike in the end. Queries and keys are normalised (:mod:`ranker.longseq.heads`),
+and codes start at random on the sphere where the keys are. A code that is nearest to no event has no part and no
+gradient; :meth:`VQL.used` tells how many are used.
 """
 
 from typing import NamedTuple
@@ -40,7 +42,8 @@ class VQLMemory(NamedTuple):
     """Caches as of the history's last event, and the time at which they are read.
 
     n: `[R, heads, M, C]`; u: `[R, heads, M, C, d_head]`; last, now: `[R]` int64, milliseconds.
-    error: `[R]`, the requests' quantisation losses in training, else empty; not stored.
+    In training, else empty: error `[R]`, the requests' quantisation losses; through `[R, heads, M, d_head]`, zeros that
+    pass gradients to the keys.
     """
 
     n: Tensor
@@ -48,6 +51,7 @@ class VQLMemory(NamedTuple):
     last: Tensor
     now: Tensor
     error: Tensor
+    through: Tensor
 
 
 class VQL(nn.Module):
@@ -60,6 +64,7 @@ class VQL(nn.Module):
         periods_s: in which each kernel falls to 1/e, seconds; one that does not decay is added: C = their number + 1.
         codebook_weight: λ; 0 turns the loss off, and the keys stay as they start.
         commitment: μ.
+        straight_through: keys learn from the task.
     """
 
     rate: Tensor
@@ -73,6 +78,7 @@ class VQL(nn.Module):
         periods_s: tuple[float, ...] | list[float] = PERIODS_S,
         codebook_weight: float = 0.1,
         commitment: float = 0.25,
+        straight_through: bool = True,
         length: int = 0,
     ) -> None:
         super().__init__()
@@ -83,6 +89,7 @@ class VQL(nn.Module):
         self.out_dim = heads * head_dim
         self.codes, self.heads, self.head_dim, self.length = codes, heads, head_dim, length
         self.codebook_weight, self.commitment = codebook_weight, commitment
+        self.straight_through = straight_through
         self.project = Heads(dim, heads, head_dim)
         self.codebook = nn.Parameter(layer_norm(torch.randn(heads, codes, head_dim), [head_dim]))
         self.register_buffer("rate", torch.tensor([1 / (1000 * period) for period in periods_s] + [0.0]))  # per ms
@@ -103,6 +110,12 @@ class VQL(nn.Module):
         last = torch.where(end > start, pad(history.time, [1, 0]).index_select(0, end), history.now)
         gap_ms = (last.index_select(0, request) - history.time.index_select(0, event)).clamp(min=0)
         g = torch.exp(-gap_ms.to(v.dtype).unsqueeze(1) * self.rate.to(v.dtype))  # [P, C]
+        error, through = v[:0, 0, 0], v[:0].unsqueeze(2)
+        if self.training and self.codebook_weight > 0:
+            error = window_mean(self._error(k, code), start, end).squeeze(1)
+        if self.training and self.straight_through:
+            mean = self._mean_keys(k, code, g, last, history)
+            through = mean - mean.detach()
         n: list[Tensor] = []
         u: list[Tensor] = []
         for head in range(self.heads):
@@ -110,21 +123,20 @@ class VQL(nn.Module):
             count = segment_sum(g, request * self.codes + group, requests * self.codes)
             n.append(count.view(requests, self.codes, self.caches))
             u.append(group_sums(v[:, head], group.unsqueeze(1), g, start, end, self.codes).squeeze(1))
-        error = v[:0, 0, 0]
-        if self.training and self.codebook_weight > 0:
-            error = window_mean(self._error(k, code), start, end).squeeze(1)
-        return VQLMemory(torch.stack(n, 1), torch.stack(u, 1), last, history.now, error)
+        return VQLMemory(torch.stack(n, 1), torch.stack(u, 1), last, history.now, error, through)
 
     def read(self, memory: VQLMemory, target: Target) -> Tensor:
         """Attention to M codes, whatever L was: `[N, heads · d_head]`; zero without events."""
         q = self.project.queries(target.x)
-        since_ms = (memory.now - memory.last).clamp(min=0)
-        f = torch.exp(-since_ms.to(q.dtype).unsqueeze(1) * self.rate.to(q.dtype))  # [R, C]
-        f = f.unsqueeze(1) * torch.softmax(self.mix, 1)  # [R, h, C]
+        f = self._shares(memory.last, memory.now)
         n = torch.einsum("rhmc,rhc->rmh", memory.n, f)
         u = torch.einsum("rhmcd,rhc->rmhd", memory.u, f)
-        codes = self.codebook.transpose(0, 1).expand(n.size(0), -1, -1, -1)
-        return group_attention(q, target.offsets, codes, u / n.clamp(min=1e-30).unsqueeze(3), log_size(n))
+        codes = self.codebook.expand(n.size(0), -1, -1, -1)
+        if self.training and self.straight_through:
+            codes = codes + memory.through
+        return group_attention(
+            q, target.offsets, codes.transpose(1, 2), u / n.clamp(min=1e-30).unsqueeze(3), log_size(n)
+        )
 
     def auxiliary(self, history: History, memory: VQLMemory) -> Tensor:
         """λ times the mean quantisation loss of requests with events, in training."""
@@ -140,7 +152,7 @@ class VQL(nn.Module):
     @torch.jit.export
     def at_time(self, memory: VQLMemory, now: Tensor) -> VQLMemory:
         """The same events as they weigh at a later time `[R]`, milliseconds: nothing is encoded again."""
-        return VQLMemory(memory.n, memory.u, memory.last, now, memory.error)
+        return VQLMemory(memory.n, memory.u, memory.last, now, memory.error, memory.through)
 
     @torch.jit.export
     def used(self, history: History) -> Tensor:
@@ -155,6 +167,24 @@ class VQL(nn.Module):
         """The nearest code `[T, heads]` of keys `[T, heads, d_head]`. No gradients."""
         c = self.codebook.detach()
         return (c.square().sum(2) - 2 * torch.einsum("thd,hmd->thm", k.detach(), c)).argmin(2)
+
+    def _shares(self, last: Tensor, now: Tensor) -> Tensor:
+        """f_r, times the kernels' shares in the mixture: `[R, heads, C]`."""
+        since_ms = (now - last).clamp(min=0).to(self.mix.dtype)
+        return torch.exp(-since_ms.unsqueeze(1) * self.rate).unsqueeze(1) * torch.softmax(self.mix, 1)
+
+    def _mean_keys(self, k: Tensor, code: Tensor, g: Tensor, last: Tensor, history: History) -> Tensor:
+        """Σ w_i k_i / Σ w_i of each request's events of each code: `[R, heads, M, d_head]`; no gradient in the w_i."""
+        event, request = expand_windows(history.start, history.end)
+        f = self._shares(last, history.now).detach()
+        mean: list[Tensor] = []
+        for head in range(self.heads):
+            group = code[:, head].index_select(0, event)
+            w = (g * f[:, head].index_select(0, request)).sum(1, keepdim=True)
+            total = segment_sum(w, request * self.codes + group, last.numel() * self.codes)
+            summed = group_sums(k[:, head], group.unsqueeze(1), w, history.start, history.end, self.codes)
+            mean.append(summed.view(-1, self.head_dim) / total.clamp(min=1e-30))
+        return torch.stack(mean, 1).view(last.numel(), self.codes, self.heads, self.head_dim).transpose(1, 2)
 
     def _error(self, k: Tensor, code: Tensor) -> Tensor:
         """‖sg(k) − c‖² + μ‖k − sg(c)‖², the mean over heads: `[T, 1]`."""
