@@ -110,7 +110,7 @@ class Gather(nn.Module):
         super().__init__()
         event = nn.Linear(dim, width, bias=False)
         nn.init.orthogonal_(event.weight)
-        self.event = nn.Sequential(event, nn.LayerNorm(width))
+        self.event = nn.Sequential(event, nn.LayerNorm(width, bias=False))  # one would shift a question's logits alike
         self.age = AgeWeight(age_buckets)
 
     def forward(self, history: History, question: Tensor, e: Tensor, bias: Tensor, x: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class PolyEncoder(nn.Module):
                 raise ValueError(f"{name}: {value}; must be at least {least}")
         self.gather = Gather(dim, width, age_buckets)
         self.candidate = nn.Sequential(nn.Linear(dim, width, bias=False), nn.LayerNorm(width))
-        self.candidate.load_state_dict(self.gather.event.state_dict())
+        self.candidate[0].load_state_dict(self.gather.event[0].state_dict())
         self.codes = nn.Parameter(torch.randn(codes, width))
         self.out_dim = width
         self.length = length
