@@ -22,11 +22,12 @@ def hash_signs(x: Tensor, planes: Tensor) -> Tensor:
 
 
 def hash_buckets(x: Tensor, planes: Tensor) -> Tensor:
-    """Buckets `[n, hashes]` int64, from 0 to 2^bits − 1, of vectors `[n, dim]`.
+    """Buckets `[n, hashes]` int64, from 0 to 2^bits − 1, of vectors `[n, dim]`; bits up to 24.
 
     >>> hash_buckets(torch.tensor([[1.0, -1.0], [2.0, 3.0]]), torch.eye(2).view(2, 1, 2))
     tensor([[1],
             [3]])
     """
     side = torch.einsum("nd,dhb->nhb", x.detach(), planes) > 0
-    return (side.long() << torch.arange(planes.size(2), device=x.device)).sum(2)
+    place = torch.exp2(torch.arange(planes.size(2), dtype=x.dtype, device=x.device))
+    return (side.to(x.dtype) @ place).long()
