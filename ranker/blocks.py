@@ -11,6 +11,7 @@ from features.errors import UserError
 from features.selection import FeatureSpec
 from ranker.config_blocks import HiSacConfig, LongConfig, SimHardConfig, SimSoftConfig, UxSidConfig
 from ranker.longseq import HiSAC, History, HyTRec, MeanPooling, Probes, Target, TargetAttention, UxSID
+from ranker.longseq.encoders import ELASTIC, HSTU, LONGER, SASRec
 from ranker.longseq.groups import LSH, SDIM, VQL, Aggregator, CFormer, KMeans, Patching, PolyEncoder
 from ranker.longseq.search import ETA, MIRRN, TWIN, SimHard, SimSoft
 from ranker.ops.probing import distinct_probes
@@ -35,6 +36,10 @@ MODULES: dict[str, Callable[..., nn.Module]] = {
     "patching": Patching,
     "aggregator": Aggregator,
     "poly_encoder": PolyEncoder,
+    "longer": LONGER,
+    "elastic": ELASTIC,
+    "sasrec": SASRec,
+    "hstu": HSTU,
 }
 """Blocks that need the width of events and their options alone, by `type`."""
 

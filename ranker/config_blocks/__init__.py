@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from ranker.config_blocks.compressors import HiSacConfig, HyTrecConfig, UxSidConfig
+from ranker.config_blocks.encoders import ElasticConfig, HstuConfig, LongerConfig, SasRecConfig
 from ranker.config_blocks.exact import MeanConfig, TargetAttentionConfig
 from ranker.config_blocks.groups import (
     AggregatorConfig,
@@ -38,17 +39,25 @@ LongConfig = Annotated[
     | LshConfig
     | PatchingConfig
     | AggregatorConfig
-    | PolyEncoderConfig,
+    | PolyEncoderConfig
+    | LongerConfig
+    | ElasticConfig
+    | SasRecConfig
+    | HstuConfig,
     Field(discriminator="type"),
 ]
 
 __all__ = [
+    "ElasticConfig",
     "EtaConfig",
     "HiSacConfig",
+    "HstuConfig",
     "HyTrecConfig",
     "LongConfig",
+    "LongerConfig",
     "MeanConfig",
     "MirrnConfig",
+    "SasRecConfig",
     "SimHardConfig",
     "SimSoftConfig",
     "TargetAttentionConfig",

@@ -17,9 +17,17 @@ from ranker.ops.units import merge, sizes_of, units_of
 
 
 def naive_window_attention(
-    q: Tensor, q_offsets: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor, bias: Tensor | None = None
+    q: Tensor,
+    q_offsets: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor,
+    end: Tensor,
+    bias: Tensor | None = None,
+    chunk: int = 0,
+    seen: Tensor | None = None,
 ) -> Tensor:
-    """The definition: see :func:`window_attention`."""
+    """The definition: see :func:`window_attention`. `chunk` is not looked at."""
     out = torch.zeros([q.size(0), q.size(1), v.size(2)], dtype=q.dtype, device=q.device)
     first_pair = 0
     for r in range(start.numel()):
@@ -29,6 +37,9 @@ def naive_window_attention(
             logits = torch.einsum("nhd,lhd->nhl", q[rows], k[a:b]) / math.sqrt(q.size(2))
             if bias is not None:
                 logits = logits + bias[first_pair : first_pair + b - a].t()
+            if seen is not None:
+                hidden = torch.arange(b - a, device=q.device) >= seen[rows].unsqueeze(1)
+                logits = logits.masked_fill(hidden.unsqueeze(1), float("-inf"))
             out[rows] = torch.einsum("nhl,lhd->nhd", torch.softmax(logits, -1), v[a:b])
         first_pair += b - a
     return out
@@ -43,6 +54,7 @@ def window_attention(
     end: Tensor,
     bias: Tensor | None = None,
     chunk: int = 0,
+    seen: Tensor | None = None,
 ) -> Tensor:
     """Multi-head softmax attention of the candidates of request r to the events ``[start[r], end[r])``.
 
@@ -53,6 +65,8 @@ def window_attention(
         start, end: `[R]` int64.
         bias: `[P, h]` added to the scaled logits of every pair (request, event), request after request.
         chunk: events attended to at once; 0: the mean window's length to the next power of two, between 16 and 128.
+        seen: `[N]` int64, how many of its window's events a candidate attends to, the first ones, at least one; None:
+            all.
 
     Returns:
         `[N, h, dv]`; zero for candidates of an empty window.
@@ -68,6 +82,10 @@ def window_attention(
         pair = offsets_of(end - start)[:-1][request].unsqueeze(1) + plan.within
         offset = offset + bias.index_select(0, pair.flatten()).view(units, chunk, heads)
     event = (start[request].unsqueeze(1) + plan.within).flatten()
+    hidden: Tensor | None = None  # [units, chunk, width]
+    if seen is not None:
+        seen_by = seen.index_select(0, plan.row.flatten()).view(tiles, width).index_select(0, plan.tile)
+        hidden = plan.within.unsqueeze(2) >= seen_by.unsqueeze(1)
 
     q_tile = q.index_select(0, plan.row.flatten()).view(tiles, width, heads, d)
     q_tile = (q_tile / math.sqrt(d)).permute(0, 2, 3, 1).flatten(1)  # [tiles, h · d · width]
@@ -81,7 +99,9 @@ def window_attention(
     for head in range(heads):
         # in place where autograd allows: the cost is memory traffic. [units, chunk, width]
         logits = torch.bmm(k_of[head], q_of[head]).add_(offset_of[head].unsqueeze(2))
-        top = logits.detach().amax(1)
+        if hidden is not None:
+            logits = logits.masked_fill_(hidden, float("-inf"))
+        top = logits.detach().amax(1).clamp(min=-1e30)  # finite, that a unit hidden as a whole weighs 0
         weight = logits.sub_(top.unsqueeze(1)).exp_()
         summed = torch.bmm(weight.transpose(1, 2), v_of[head])
         out.append(merge(top, weight.sum(1), summed, plan.tile, tiles))

@@ -1,7 +1,7 @@
 """Causal softmax attention of the tokens of jagged sequences to the latest tokens, themselves included.
 
 With a window of w tokens work is T · w, whatever the lengths: chunks of queries attend to their own chunk of keys and
-the few before it. w = 0 looks at the whole past, at a cost of Σ L².
+the few before it. w = 0 looks at the whole past, at a cost of Σ L², sequences of similar length side by side.
 """
 
 import math
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ranker.ops.chunks import chunks_of, rows_back, rows_of
+from ranker.ops.length_groups import in_group, length_groups, out_of_groups
 
 
 def naive_local_attention(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, window: int) -> Tensor:
@@ -36,15 +37,14 @@ def local_attention(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, window: in
     """
     tokens, heads = q.size(0), q.size(1)
     if tokens == 0:
-        return v
+        return v + 0 * (q.sum() + k.sum())
     if window == 0:
+        groups = length_groups(offsets)
         whole: list[Tensor] = []
-        bounds: list[int] = offsets.tolist()
-        for r in range(len(bounds) - 1):
-            parts = [x[bounds[r] : bounds[r + 1]].transpose(0, 1).unsqueeze(0) for x in (q, k, v)]
-            if parts[0].size(2) > 0:
-                whole.append(scaled_dot_product_attention(parts[0], parts[1], parts[2], is_causal=True)[0])
-        return torch.cat(whole, 1).transpose(0, 1)
+        for group in groups:  # padding comes after a sequence's tokens: they do not see it
+            parts = [in_group(x, group) for x in (q, k, v)]
+            whole.append(scaled_dot_product_attention(parts[0], parts[1], parts[2], is_causal=True))
+        return out_of_groups(whole, groups)
     size = 16  # of a chunk: half the window, or less where sequences are short
     while size < 128 and size * 2 < window and size * (offsets.numel() - 1) < tokens:
         size *= 2

@@ -23,7 +23,8 @@ def short_attention(q: Tensor, tiles: Tiles, k: Tensor, v: Tensor, start: Tensor
     length = end - start
     longest = int(length.max()) if length.numel() > 0 else 0
     if longest == 0:
-        return torch.zeros([q.size(0), q.size(1), q.size(2), v.size(2)], dtype=v.dtype, device=v.device) + 0 * v.sum()
+        none = torch.zeros([q.size(0), q.size(1), q.size(2), v.size(2)], dtype=v.dtype, device=v.device)
+        return none + 0 * (q.sum() + k.sum() + v.sum())
     within = torch.arange(longest, device=k.device)
     real = within < length.unsqueeze(1)  # [R, longest]
     event = (start.unsqueeze(1) + within).clamp(max=k.size(0) - 1).flatten()
