@@ -2,8 +2,8 @@
 
 From HSTU (Zhai et al. 2024): o_t = Σ_{s ≤ t} silu(q_t · k_s + b(t, s)) v_s / n. The bias b is learned, of how many
 tokens and of how much time lie between two tokens, and shared by the heads; logits are not scaled by √d. n is the
-number of tokens seen, t + 1: unlike the length of a batch's longest sequence, which public code divides by, it depends on
-nothing but the token's past.
+number of tokens seen, t + 1: unlike the length of a batch's longest sequence, which public code divides by, it depends
+on nothing but the token's past.
 
 Work is Σ L². Chunks of queries meet the keys up to their own, and are computed again in the backward pass, so that
 memory is O(T · chunk).
@@ -101,6 +101,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, at: Tensor, between: Tensor, elapse
 
 
 def _whole_log_bucket(gap: Tensor, buckets: int) -> Tensor:
-    """:func:`~ranker.ops.jagged.log_bucket` of int32 gaps, read off a float's exponent; beyond 2^24, where float32
+    """:func:`~ranker.ops.jagged.log_bucket` of int32 gaps, as a float's exponent; beyond 2^24, where float32
     rounds integers, a gap just below a power of two may count as that power."""
-    return ((gap.float().view(dtype=torch.int32) >> 23) - 126).clamp(0, buckets - 1)
+    _, exponent = torch.frexp(gap.float())
+    return exponent.clamp(0, buckets - 1)

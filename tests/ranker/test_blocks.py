@@ -26,6 +26,7 @@ from ranker.ranks import Ranks
 from ranker.run import Run, codewords_of
 from ranker.towers import click_losses, esmm_loss
 from ranker.trainer import train
+from tests.ranker.block_configs import BLOCKS, HISAC, HYTREC, METHODS, NEXT, SEARCHES, TOGETHER, UXSID, WITH_LOSS
 from tests.ranker.test_export import SERVER
 
 ConfigOf = Callable[..., TrainConfig]
@@ -35,18 +36,6 @@ ALONE = Ranks(0, 1, 1, torch.device("cpu"))
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 CODES = ("features.sequence=[item, item.sid_1]", "features.codes=[item.sid_1, item.sid_2]")
-UXSID = "{type: uxsid, width: 8, anchors: 4, anchor_hidden: 8, gate_hidden: 8}"
-HISAC = "{type: hisac, keep: [3, 2], head_dim: 4}"
-HYTREC = "{type: hytrec, width: 8, layers: 2, ratio: 1, short_length: 10}"
-NEXT = "{type: hytrec, width: 8, layers: 2, ratio: 1, short_length: 10, next_item_weight: 0.1}"
-SIM_HARD = "{type: sim_hard, probe: item.sid_1, top: 5, head_dim: 4}"
-SIM_SOFT = "{type: sim_soft, search_dim: 4, top: 5, head_dim: 4}"
-ETA = "{type: eta, bits: 16, top: 5, head_dim: 4}"
-TWIN = "{type: twin, top: 5, head_dim: 4}"
-MIRRN = "{type: mirrn, bits: 16, top: 5, head_dim: 4}"
-SEARCHES = f"{SIM_HARD}, {SIM_SOFT}, {ETA}, {TWIN}, {MIRRN}"
-ALL = f"{UXSID}, {HISAC}, {HYTREC}"
-BLOCKS = {"uxsid": UXSID, "hisac": HISAC, "hytrec": HYTREC, "all three": ALL, "searches": SEARCHES}
 
 
 def options_of(root: Path, blocks: str, *more: str) -> tuple[str, ...]:
@@ -83,9 +72,9 @@ def test_it_learns_and_is_exported(config_of: ConfigOf, coded: Path, tmp_path: P
     found = scalars(tmp_path / "run")
     losses = list(found["loss/ctr"].values())
     assert losses[-1] < 0.95 * losses[0]
-    assert (found["loss/auxiliary"][10] > 0) == any(name in BLOCKS[blocks] for name in ("uxsid", "sim_soft"))
+    assert (found["loss/auxiliary"][10] > 0) == (blocks in WITH_LOSS)
     assert export(tmp_path / "run", tmp_path / "export") <= 1e-5
-    if blocks in ("all three", "searches"):
+    if blocks in TOGETHER:
         scored_elsewhere(Run(tmp_path / "run"), tmp_path / "export" / "ranker.pt", tmp_path / "requests.pt")
 
 
@@ -111,7 +100,7 @@ def logits_of(config: TrainConfig, candidates: int) -> Tensor:
     return found[:candidates]
 
 
-@pytest.mark.parametrize("blocks", ["all three", "searches"])
+@pytest.mark.parametrize("blocks", TOGETHER)
 def test_a_request_alone_scores_as_in_a_batch(config_of: ConfigOf, coded: Path, blocks: str):
     options = options_of(coded, BLOCKS[blocks], "tables.init_scale=1")
     together = logits_of(config_of(*options, "loader.requests=64"), 8 * 64)
@@ -120,7 +109,7 @@ def test_a_request_alone_scores_as_in_a_batch(config_of: ConfigOf, coded: Path, 
     torch.testing.assert_close(alone, together, rtol=0, atol=5e-6)
 
 
-@pytest.mark.parametrize("blocks", [UXSID, HISAC, HYTREC, NEXT, SIM_HARD, SIM_SOFT, ETA, TWIN, MIRRN])
+@pytest.mark.parametrize("blocks", [UXSID, HISAC, HYTREC, NEXT, *METHODS.values()])
 def test_a_batch_without_events_and_candidates_gives_the_same_parameters_a_gradient(
     config_of: ConfigOf, coded: Path, blocks: str
 ):
@@ -139,7 +128,7 @@ def test_a_batch_without_events_and_candidates_gives_the_same_parameters_a_gradi
     assert not any(p.grad.any() for p in model.dense.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("blocks", ["all three", "searches"])
+@pytest.mark.parametrize("blocks", TOGETHER)
 def test_requests_without_events_score_as_by_themselves(config_of: ConfigOf, coded: Path, blocks: str):
     """Every window emptied: finite scores, the same whatever was in it."""
     config = config_of(*options_of(coded, BLOCKS[blocks], "tables.init_scale=1"))
@@ -178,7 +167,8 @@ def test_auxiliary_losses_are_of_training_alone(config_of: ConfigOf, coded: Path
 
 def test_a_blocks_own_prediction_of_clicks_is_of_training_alone(config_of: ConfigOf, coded: Path):
     """As many as there are blocks that predict; evaluation has none, and the same scores."""
-    config = config_of(*options_of(coded, f"{SIM_SOFT}, {ETA}, {SIM_SOFT}"))
+    soft = SEARCHES["sim_soft"]
+    config = config_of(*options_of(coded, f"{soft}, {SEARCHES['eta']}, {soft}"))
     batch, model = batches_of(config)[0], built(config)
     trained, evaluated = model.train()(batch), model.eval()(batch)
     assert trained.click_logits.shape == (batch.candidates, len(config.search_weights)) == (batch.candidates, 2)
@@ -198,7 +188,7 @@ def test_a_search_unit_is_trained_by_its_own_loss_with_its_weight(
     )
     losses: list[float] = []
     for weight in ("0.5", "2"):
-        block = SIM_SOFT.replace("}", f", search_weight: {weight}}}")
+        block = SEARCHES["sim_soft"].replace("}", f", search_weight: {weight}}}")
         train(config_of(*options_of(coded, block, *steps)), tmp_path / weight)
         losses.append(scalars(tmp_path / weight)["loss/auxiliary"][1] / float(weight))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
@@ -238,12 +228,12 @@ REFUSED_BY_THE_DATA = {
         r"model.long\[1\].probe: 'item.sid_1' is not in features.sequence, which has item, item.category; add it there",
     ),
     "a search's probe that is no code": (
-        SIM_HARD,
+        SEARCHES["sim_hard"],
         "features.codes=[item.sid_2]",
         r"model.long\[0\].probe: 'item.sid_1' is not in features.codes, which has item.sid_2; add it there",
     ),
     "blocks of channels that do not divide the width": (
-        f"{ETA}, {{type: mirrn, blocks: 3}}",
+        f"{SEARCHES['eta']}, {{type: mirrn, blocks: 3}}",
         "features.codes=[]",
         r"model.long\[1\]: blocks: 3; must divide the width of an event \(16\)",
     ),
@@ -295,6 +285,17 @@ REFUSED_AT_LOAD = {
     "{type: sim_soft, search_weight: 0}": r"model.long\[0\].search_weight: got 0; must be greater than 0",
     "{type: twin, head_dim: 1}": r"model.long\[0\].head_dim: got 1; must be greater than or equal to 2",
     "{type: eta, top: 0}": r"model.long\[0\].top: got 0; must be greater than or equal to 1",
+    "{type: cformer, width: 8, queries: 9}": (
+        r"model.long\[0\].queries: got 9; must be at most width \(8\), or no slots could be orthogonal"
+    ),
+    "{type: vql, periods_s: [0]}": r"model.long\[0\].periods_s\[0\]: got 0; must be greater than 0",
+    "{type: sdim, bits: 11}": r"model.long\[0\].bits: got 11; must be less than or equal to 10",
+    "{type: longer, width: 9}": r"model.long\[0\].heads: got 2; must divide width \(9\)",
+    "{type: hstu, width: 4, heads: 4}": r"model.long\[0\].heads: got 4; must leave at least 2 of width \(4\) to each",
+    "{type: elastic, pool: 7}": r"model.long\[0\].retrieve: got 8; must be at most pool \(7\)",
+    "{type: sasrec, length: 0}": (
+        r"model.long\[0\].positions: got 'learned'; needs a limit on the length; set length, or positions: sinusoidal"
+    ),
     "{type: uxsd}": r"model.long\[0\].type: got 'uxsd'; did you mean 'uxsid'\? allowed: ",
 }
 
@@ -311,9 +312,7 @@ def test_without_anchors_their_number_does_not_matter(config_of: ConfigOf):
 
 
 @pytest.mark.parametrize("dataset", ["ml1m", "ebnerd", "kuairand", "synthetic"])
-@pytest.mark.parametrize(
-    "name", ["uxsid", "hisac", "hytrec", "all_three", "sim_hard", "sim_soft", "eta", "twin", "mirrn"]
-)
+@pytest.mark.parametrize("name", ["uxsid", "hisac", "hytrec", "all_three", *METHODS])
 def test_the_configs_load(monkeypatch: pytest.MonkeyPatch, dataset: str, name: str):
     monkeypatch.setenv("RANKER_DATA", "/data")
     config = load_config(CONFIGS / dataset / f"{name}.yaml", TrainConfig)

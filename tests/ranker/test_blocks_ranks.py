@@ -23,7 +23,8 @@ from ranker.config import TrainConfig
 from ranker.evaluate import evaluate
 from ranker.run import Run
 from ranker.trainer import train
-from tests.ranker.test_blocks import HISAC, HYTREC, NEXT, SEARCHES, UXSID, options_of
+from tests.ranker.block_configs import ALL, BLOCKS, HISAC, HYTREC, NEXT, UXSID
+from tests.ranker.test_blocks import options_of
 from tests.ranker.test_content import CONTENT, ON_CONTENT, vectors_of
 
 ConfigOf = Callable[..., TrainConfig]
@@ -39,8 +40,8 @@ UNEVEN = ("loader.requests=340", "training.epochs=2")
 WITHOUT = UXSID.replace("}", ", ortho_weight: 0}")
 RUNS = {
     "without auxiliary": f"{WITHOUT}, {HISAC}, {ON_CONTENT}, {HYTREC}",
-    "with auxiliary": f"{UXSID}, {HISAC}, {HYTREC}",
-    "searches": SEARCHES,
+    "with auxiliary": ALL,
+    "references": f"{BLOCKS['searches']}, {BLOCKS['groups']}, {BLOCKS['encoders']}",
 }
 
 
@@ -102,9 +103,9 @@ def test_two_ranks_train_with_the_auxiliary_loss_as_one(runs: Path, scalars: Sca
     same_training(runs, "with auxiliary", scalars, read_checkpoint)
 
 
-def test_two_ranks_train_searches_as_one(runs: Path, scalars: Scalars, read_checkpoint: Read):
-    """With the search unit's loss."""
-    same_training(runs, "searches", scalars, read_checkpoint)
+def test_two_ranks_train_the_references_as_one(runs: Path, scalars: Scalars, read_checkpoint: Read):
+    """All in one model, with their own losses."""
+    same_training(runs, "references", scalars, read_checkpoint)
 
 
 def test_content_vectors_over_two_ranks_are_the_datasets(runs: Path, coded: Path, read_checkpoint: Read):

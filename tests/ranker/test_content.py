@@ -23,8 +23,9 @@ from ranker.export import export
 from ranker.model import Ranker
 from ranker.run import Run
 from ranker.trainer import train
+from tests.ranker.block_configs import HISAC, UXSID
 from tests.ranker.conftest import sids_config
-from tests.ranker.test_blocks import HISAC, UXSID, batches_of, built, options_of
+from tests.ranker.test_blocks import batches_of, built, options_of
 
 ConfigOf = Callable[..., TrainConfig]
 Read = Callable[[Path], dict[str, Tensor]]

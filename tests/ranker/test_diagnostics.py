@@ -27,7 +27,8 @@ from ranker.predict import selection_of
 from ranker.ranks import Ranks
 from ranker.report import BlockReport, Figure, metrics_json, print_report
 from ranker.trainer import train
-from tests.ranker.test_blocks import HISAC, HYTREC, NEXT, UXSID, batches_of, built, options_of
+from tests.ranker.block_configs import HISAC, HYTREC, NEXT, UXSID
+from tests.ranker.test_blocks import batches_of, built, options_of
 from tests.ranker.test_report import report
 
 ConfigOf = Callable[..., TrainConfig]

@@ -70,7 +70,7 @@ class ELASTIC(nn.Module):
 
     def encode(self, history: History, probes: Probes) -> OutputMemory:
         """One pass a request, O(Σ L · experts)."""
-        x, start, end = self._outputs(history)
+        x, start, end = self.encoded(history)
         return self.outputs.keep(x, start, end)
 
     def read(self, memory: OutputMemory, target: Target) -> Tensor:
@@ -89,7 +89,7 @@ class ELASTIC(nn.Module):
         """What a store keeps of a request: no L in it."""
         return self.outputs.memory_bytes(self.expert_count, number_bytes)
 
-    def _outputs(self, history: History) -> tuple[Tensor, Tensor, Tensor]:
+    def encoded(self, history: History) -> tuple[Tensor, Tensor, Tensor]:
         """The experts `[R · experts, width]`, and each request's `[R]` start and end in them; none without events."""
         events = self.tokens.of_windows(latest(history, self.length))
         requests = events.start.numel()

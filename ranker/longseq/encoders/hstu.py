@@ -66,7 +66,7 @@ class HSTU(nn.Module):
 
     def encode(self, history: History, probes: Probes) -> OutputMemory:
         """One pass for the requests that begin at one event."""
-        x, start, end = self._outputs(history)
+        x, start, end = self.encoded(history)
         return self.outputs.keep(x, start, end)
 
     def read(self, memory: OutputMemory, target: Target) -> Tensor:
@@ -85,7 +85,7 @@ class HSTU(nn.Module):
         """What a store keeps of a request with so many events."""
         return self.outputs.memory_bytes(min(events, self.length) if self.length > 0 else events, number_bytes)
 
-    def _outputs(self, history: History) -> tuple[Tensor, Tensor, Tensor]:
+    def encoded(self, history: History) -> tuple[Tensor, Tensor, Tensor]:
         """The last layer's tokens `[T', width]`, and each request's `[R]` start and end in them."""
         history = latest(history, self.length)
         passes, row = shared_passes(history)

@@ -12,10 +12,10 @@ A candidate attends to the outputs: at most `recent` + `global_tokens`, whatever
 [open] Chosen here, where the paper differs or leaves it open: the candidate, one of the paper's global tokens, is not
 known in `encode`, and neither is the user's id: all global tokens are learned, and the candidate reads the outputs;
 groups are counted from the latest event backwards, so that the newest is always full and the oldest is filled up with
-zeros; the time between an event and the request is added as a learned vector by its logarithm, not concatenated, and so is a
-merged token's position, by the logarithm of its rank; queries and keys are normalised by head; feed-forward nets are
-SiLU; merging starts as a mean, layers as the identity. Ages and groups depend on the request, so that each has a pass
-of its own; an event is mapped to a token once.
+zeros; the time between an event and the request is added as a learned vector by its logarithm, not concatenated, and so
+is a merged token's position, by the logarithm of its rank; queries and keys are normalised by head; feed-forward nets
+are SiLU; merging starts as a mean, layers as the identity. Ages and groups depend on the request, so that each has a
+pass of its own; an event is mapped to a token once.
 """
 
 from typing import NamedTuple
@@ -87,8 +87,8 @@ class LONGER(nn.Module):
 
     def encode(self, history: History, probes: Probes) -> OutputMemory:
         """One pass a request, O(Σ L)."""
-        x, sight = self._outputs(history)
-        return self.outputs.keep(x, sight.start, sight.end)
+        x, start, end = self.encoded(history)
+        return self.outputs.keep(x, start, end)
 
     def read(self, memory: OutputMemory, target: Target) -> Tensor:
         """`[N, width]`, zero where there are no events."""
@@ -106,8 +106,9 @@ class LONGER(nn.Module):
         """What a store keeps of a request at most: no L in it."""
         return self.outputs.memory_bytes(self.recent + self.global_count, number_bytes)
 
-    def _outputs(self, history: History) -> tuple[Tensor, Sight]:
-        """The last layer's tokens `[Q, width]`, and what they see: each other."""
+    def encoded(self, history: History) -> tuple[Tensor, Tensor, Tensor]:
+        """The last layer's tokens `[Q, width]`, recent ones and then global ones, and each request's `[R]` start and
+        end in them."""
         events = self.tokens.of_windows(latest(history, self.length))
         merged, offsets = self.merge(events.x, events.start, events.end)
         token, request = expand_windows(offsets[:-1], offsets[1:])
@@ -118,7 +119,7 @@ class LONGER(nn.Module):
         for layer in self.layers:
             x = layer(x, sight)
             sight = asks
-        return x, sight
+        return x, sight.start, sight.end
 
     def _with_globals(self, merged: Tensor, offsets: Tensor, request: Tensor) -> tuple[Tensor, Sight]:
         """Merged tokens with the global tokens after them, but where there are none, and who sees what."""

@@ -9,8 +9,8 @@ Positions depend on where a request's window ends, so every request has a pass o
 `length` bounds it. Attention is exact and in memory O(L), by :func:`~ranker.ops.local_attention.local_attention`.
 
 [open] Chosen here, where the paper differs or has no candidate: tokens are mapped and normalised (:mod:`.tokens`) where
-the paper scales embeddings by √d; queries and keys are normalised by head (:mod:`ranker.longseq.heads`); the feed-forward
-net is SiLU; no dropout; training is the ranker's, not next-item prediction.
+the paper scales embeddings by √d; queries and keys are normalised by head (:mod:`ranker.longseq.heads`); the
+feed-forward net is SiLU; no dropout; training is the ranker's, not next-item prediction.
 """
 
 import math
@@ -67,8 +67,8 @@ class SASRec(nn.Module):
 
     def encode(self, history: History, probes: Probes) -> OutputMemory:
         """One pass a request, O(Σ L²)."""
-        x, history = self._outputs(history)
-        return self.outputs.keep(x, history.start, history.end)
+        x, start, end = self.encoded(history)
+        return self.outputs.keep(x, start, end)
 
     def read(self, memory: OutputMemory, target: Target) -> Tensor:
         """`[N, width]`, zero where there are no events."""
@@ -86,8 +86,8 @@ class SASRec(nn.Module):
         """What a store keeps of a request with so many events."""
         return self.outputs.memory_bytes(min(events, self.length) if self.length > 0 else events, number_bytes)
 
-    def _outputs(self, history: History) -> tuple[Tensor, History]:
-        """The last layer's tokens `[P, width]`, and the windows that they are in."""
+    def encoded(self, history: History) -> tuple[Tensor, Tensor, Tensor]:
+        """The last layer's tokens `[P, width]`, and each request's `[R]` start and end in them."""
         events = self.tokens.of_windows(latest(history, self.length))
         offsets = torch.nn.functional.pad(events.end, [1, 0])
         back = events.end[segments_of(offsets)] - 1 - torch.arange(events.x.size(0), device=events.x.device)
@@ -96,7 +96,7 @@ class SASRec(nn.Module):
         x = events.x + vector
         for layer in self.layers:
             x = layer(x, offsets)
-        return x, events
+        return x, events.start, events.end
 
 
 class CausalSoftmax(nn.Module):

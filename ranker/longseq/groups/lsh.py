@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ranker.longseq.groups.grouped import AgeWeight, GroupAttention, GroupMemory
 from ranker.longseq.protocol import History, Probes, Target, latest
 from ranker.ops.jagged import expand_windows
-from ranker.ops.simhash import random_planes, simhash
+from ranker.ops.simhash import hash_buckets, random_planes
 
 
 class LSH(nn.Module):
@@ -51,7 +51,7 @@ class LSH(nn.Module):
         """O(Σ L)."""
         history = latest(history, self.length)
         event, _ = expand_windows(history.start, history.end)
-        group = simhash(history.x, self.planes).squeeze(1).index_select(0, event)
+        group = hash_buckets(history.x, self.planes).squeeze(1).index_select(0, event)
         return self.attention.keep_divided(history, group, self.age(history))
 
     def read(self, memory: GroupMemory, target: Target) -> Tensor:

@@ -20,7 +20,7 @@ from ranker.longseq.groups.grouped import AgeWeight
 from ranker.longseq.protocol import History, Probes, Target, latest
 from ranker.ops.groups import group_sums
 from ranker.ops.jagged import expand_windows, segments_of
-from ranker.ops.simhash import random_planes, simhash
+from ranker.ops.simhash import hash_buckets, random_planes
 
 
 class SDIMMemory(NamedTuple):
@@ -59,7 +59,7 @@ class SDIM(nn.Module):
         """O(Σ L · hashes · 2^bits)."""
         history = latest(history, self.length)
         event, _ = expand_windows(history.start, history.end)
-        group = simhash(history.x, self.planes).to(torch.int16).index_select(0, event)
+        group = hash_buckets(history.x, self.planes).to(torch.int16).index_select(0, event)
         weight = self.age(history).exp()
         total = group_sums(history.x, group, weight, history.start, history.end, self.buckets).squeeze(3)
         norm = (total.square().sum(3, keepdim=True) + 1e-12).sqrt()  # finite gradients where nothing is summed
@@ -70,7 +70,7 @@ class SDIM(nn.Module):
         table = segments_of(target.offsets).unsqueeze(1) * self.hashes + torch.arange(
             self.hashes, device=target.x.device
         )
-        row = table * self.buckets + simhash(target.x, self.planes)
+        row = table * self.buckets + hash_buckets(target.x, self.planes)
         return embedding_bag(row, memory.bucket.flatten(0, 2), mode="mean")
 
     def auxiliary(self, history: History, memory: SDIMMemory) -> Tensor:

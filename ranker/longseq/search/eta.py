@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ranker.longseq.protocol import History, Probes, Target, latest
 from ranker.longseq.search.found import FoundAttention, ages_s
 from ranker.ops.jagged import segments_of
-from ranker.ops.simhash import simhash
+from ranker.ops.simhash import hash_signs
 from ranker.ops.topk_windows import topk_windows
 
 
@@ -66,13 +66,13 @@ class ETA(nn.Module):
         """Project and hash the events once per distinct history."""
         history = latest(history, self.length)
         k, v = self.attend.project.keys_values(history.x)
-        code = simhash(k.flatten(1), self.planes)
+        code = hash_signs(k.flatten(1), self.planes)
         return EtaMemory(code, torch.cat([k, v], 2), history.time, history.start, history.end, history.now)
 
     def read(self, memory: EtaMemory, target: Target) -> Tensor:
         """Attention to the events nearest in Hamming distance, of equal ones the latest: `[N, heads · d_head]`."""
         q = self.attend.project.queries(target.x)
-        code = simhash(q.flatten(1), self.planes).to(q.dtype)
+        code = hash_signs(q.flatten(1), self.planes).to(q.dtype)
         event = topk_windows(
             code.unsqueeze(1), target.offsets, memory.code.unsqueeze(1), memory.start, memory.end, self.top
         ).squeeze(1)

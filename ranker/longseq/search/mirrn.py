@@ -28,7 +28,7 @@ from ranker.longseq.search.found import ages_s
 from ranker.ops.found_attention import attend, take_found
 from ranker.ops.jagged import log_bucket, segments_of
 from ranker.ops.outer_sums import outer_sums
-from ranker.ops.simhash import simhash
+from ranker.ops.simhash import hash_signs
 from ranker.ops.topk_windows import topk_windows
 
 
@@ -119,7 +119,7 @@ class MIRRN(nn.Module):
         """Hash the events once per distinct history; search and refine for the two queries that know no candidate."""
         history = latest(history, self.length)
         x, start, end, now = history.x, history.start, history.end, history.now
-        code = simhash(x, self.planes)
+        code = hash_signs(x, self.planes)
         latest_few = torch.maximum(start, end - self.recent)
         first = torch.stack([latest_few, start], 1).flatten()
         # the sums of events, whose hashes are those of their means
@@ -152,7 +152,7 @@ class MIRRN(nn.Module):
 
     def _search(self, x: Tensor, offsets: Tensor, code: Tensor, start: Tensor, end: Tensor) -> Tensor:
         """The events `[n, K]` nearest in Hamming distance to queries `[n, dim]`, in order of time, −1 before them."""
-        asked = simhash(x, self.planes).to(x.dtype).unsqueeze(1)
+        asked = hash_signs(x, self.planes).to(x.dtype).unsqueeze(1)
         return torch.sort(topk_windows(asked, offsets, code.unsqueeze(1), start, end, self.top).squeeze(1))[0]
 
     def _sequence(self, x: Tensor, event: Tensor, time: Tensor, end: Tensor, now: Tensor) -> Tensor:

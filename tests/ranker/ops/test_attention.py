@@ -54,6 +54,28 @@ def test_equals_the_definition_at_the_edges(name: str, bias: bool, chunk: int):
     check(EDGES[name], 2, 4, 3, bias, chunk)
 
 
+@given(shapes(), st.booleans(), st.integers(0, 64), st.integers(0, 2**31))
+@settings(deadline=None, max_examples=40)
+def test_candidates_that_see_the_first_events_alone_equal_the_definition(
+    batch: Shape, bias: bool, chunk: int, seed: int
+):
+    """Each its own number of them: of several chunks, also fewer than the first of them has."""
+    q, k, v, b = operands(batch, 2, 4, 3, bias)
+    start, end, offsets = batch.windows()
+    length = (end - start).repeat_interleave(offsets[1:] - offsets[:-1])
+    share = torch.rand(batch.candidates, generator=torch.Generator().manual_seed(seed))
+    seen = (share * length).long().clamp(min=1)
+    inputs = [q, k, v] if b is None else [q, k, v, b]
+    found = window_attention(q, offsets, k, v, start, end, b, chunk, seen)
+    expected = naive_window_attention(q, offsets, k, v, start, end, b, 0, seen)
+    assert_same(found, expected, inputs)
+    for n in range(batch.candidates):  # the definition, by windows cut off behind what is seen
+        r = int((offsets[1:] <= n).sum())
+        alone = torch.tensor([0, 1]), k, v, start[r : r + 1], torch.minimum(end[r : r + 1], start[r] + seen[n])
+        if b is None:
+            torch.testing.assert_close(naive_window_attention(q[n : n + 1], *alone), expected[n : n + 1])
+
+
 def test_the_definition_is_the_textbook_attention():
     """One request against a loop over candidates, heads and events, straight from softmax(q kᵀ / √d + b) v."""
     batch = shape([6], [(0, 1, 6)], [3])

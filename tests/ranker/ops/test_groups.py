@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ranker.ops.group_attention import group_attention, log_size
 from ranker.ops.groups import group_sums, naive_group_sums, nearest_group
-from ranker.ops.simhash import random_planes, simhash
+from ranker.ops.simhash import hash_buckets, random_planes
 from tests.ranker.histories import EDGES, Shape, assert_same, shape, shapes
 
 any_shape = st.one_of(shapes(longest=20), st.sampled_from(list(EDGES.values())))
@@ -119,9 +119,9 @@ def test_a_hash_sees_directions_alone(seed: int, scale: float):
     torch.manual_seed(seed)
     planes = random_planes(4, 3, 5)
     x = torch.randn(7, 4)
-    bucket = simhash(x, planes)
-    assert torch.equal(simhash(scale * x, planes), bucket)
-    assert torch.equal(simhash(-x, planes), 31 - bucket)
+    bucket = hash_buckets(x, planes)
+    assert torch.equal(hash_buckets(scale * x, planes), bucket)
+    assert torch.equal(hash_buckets(-x, planes), 31 - bucket)
     for n, h in ((0, 0), (6, 2)):
         assert int(bucket[n, h]) == sum(2**b for b in range(5) if x[n] @ planes[:, h, b] > 0)
 
@@ -132,7 +132,7 @@ def test_bits_agree_as_the_angle_says(degrees: float):
     torch.manual_seed(0)
     theta = math.radians(degrees)
     x = torch.tensor([[1.0, 0.0], [math.cos(theta), math.sin(theta)]])
-    bits = simhash(x, random_planes(2, 10_000, 1))
+    bits = hash_buckets(x, random_planes(2, 10_000, 1))
     agree = float((bits[0] == bits[1]).float().mean())
     expected = 1 - theta / math.pi
     assert abs(agree - expected) < 4 * (expected * (1 - expected) / 10_000) ** 0.5

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ranker.longseq import History, Target
 from ranker.longseq.search import ETA
-from ranker.ops.simhash import simhash
+from ranker.ops.simhash import hash_signs
 from tests.ranker.histories import NO_PROBES, Shape, assert_same, differentiable, inputs_of, randomise
 from tests.ranker.longseq.search.loops import (
     DIM,
@@ -56,7 +56,7 @@ def test_equals_the_loop(batch: Shape, length: int, top: int, bits: int):
 def test_products_of_codes_are_hamming_distances(bits: int, seed: int):
     generator = torch.Generator().manual_seed(seed)
     x, planes = torch.randn(6, 5, generator=generator), torch.randn(5, bits, generator=generator)
-    code = simhash(x, planes).int()
+    code = hash_signs(x, planes).int()
     other = (code.unsqueeze(0) != code.unsqueeze(1)).sum(2)
     assert torch.equal(code @ code.T, bits - 2 * other)
 
@@ -66,7 +66,7 @@ def test_hashes_of_near_vectors_are_near():
     generator = torch.Generator().manual_seed(0)
     planes = torch.randn(3, 20_000, generator=generator)
     x = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, -2.0], [-1.0, 0.0, 0.0]])
-    code = simhash(x, planes)
+    code = hash_signs(x, planes)
     shares = (code[0] != code).double().mean(1)
     torch.testing.assert_close(shares, torch.tensor([0.0, 0.25, 0.5, 1.0]).double(), atol=0.02, rtol=0)
 
