@@ -6,8 +6,8 @@ Width 32, 2 heads, 2 layers, the blocks' defaults otherwise.
 1. `encode` of LONGER and ELASTIC for one history of 10,000 and of 100,000 events: forward, backward, peak memory in a
    process of its own, and the bytes that are kept.
 2. `encode` of SASRec and HSTU, forward and backward, for 4 histories of 1,000 or of 4,000 events, or one so long and
-   three of a quarter. The named alternative has SASRec's weights and PyTorch's scaled_dot_product_attention, over histories
-   padded to the longest; its outputs are checked to be SASRec's.
+   three of a quarter. The named alternative has SASRec's weights and PyTorch's scaled_dot_product_attention, over
+   histories padded to the longest; its outputs are checked to be SASRec's.
 3. Online, without gradients: 500 candidates read what is kept of 100 and of 10,000 events (SASRec and HSTU: of their
    latest 1,000), and beside it full-length target attention to the 10,000.
 
