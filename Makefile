@@ -50,7 +50,7 @@ demo: venv
 		$(BIN)/ranker evaluate demo/$$model --split test; \
 	done
 	$(BIN)/ranker export demo/uxsid --out demo/export
-	$(BIN)/ranker compare $(addprefix demo/,$(DEMO_MODELS))
+	$(BIN)/ranker runs $(addprefix demo/,$(DEMO_MODELS))
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

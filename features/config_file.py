@@ -161,7 +161,7 @@ def _override(tree: Tree, model: type[BaseModel], override: str, problems: list[
     """Set one value in `tree`. A block that only the defaults hold is written out first, then one key of it changed."""
     where = f"--set {override}"
     spelled, equals, text = override.partition("=")
-    path = _parse_path(spelled)
+    path = parse_path(spelled)
     if not equals or path is None:
         problems.append(Problem(where, (), "must have the form a.b[0].c=VALUE"))
         return
@@ -195,7 +195,7 @@ def _no_such_key(block: object, key: str | int, path: KeyPath) -> str | None:
     return None if isinstance(block, dict) else f"{format_path(path)} is {block!r}, which has no keys"
 
 
-def _parse_path(text: str) -> KeyPath | None:
+def parse_path(text: str) -> KeyPath | None:
     """Keys of ``a.b[0].c``, equally ``a.b.0.c``; None if it is no path."""
     if not re.fullmatch(r"[^.\[\]]+(\.[^.\[\]]+|\[\d+\])*", text.strip()):
         return None

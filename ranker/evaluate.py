@@ -23,6 +23,7 @@ from ranker.references import fit_references
 from ranker.report import Report, make_report, print_report, write_metrics
 from ranker.run import Run, codewords_of
 from ranker.sharding import shard
+from ranker.stored_predictions import write_predictions
 from ranker.trainer import build
 
 
@@ -37,13 +38,16 @@ def restore(run: Run, ranks: Ranks) -> Ranker:
     return model  # type: ignore[return-value]
 
 
-def evaluate(run_root: Path, split: Split = "test", frozen: bool = False) -> Report | None:
+def evaluate(
+    run_root: Path, split: Split = "test", frozen: bool = False, keep_predictions: bool = False
+) -> Report | None:
     """Measure a run on a split, write ``metrics.json``, show the tables; the report on rank 0, None on the others.
 
     Args:
         frozen: each user's requests have the history before her first one in the split, as from memories computed
             once before it; into ``metrics-frozen.json``. What stale memories cost; and how much of UAUC is owed to
             histories that hold the outcome of a user's other test impressions.
+        keep_predictions: write the scored impressions too, ``predictions.parquet`` or ``predictions-frozen.parquet``.
 
     Raises:
         UserError: no run, no such split, or another dataset than it was trained on.
@@ -66,7 +70,10 @@ def evaluate(run_root: Path, split: Split = "test", frozen: bool = False) -> Rep
     references = fit_references(dataset, config.training.splits, labels=labels)
     unknown = int(np.count_nonzero(predictions.item >= dataset.manifest.known_items))
     report = make_report(predictions, split, unknown, references, blocks=blocks)
-    write_metrics(report, run.root / ("metrics-frozen.json" if frozen else "metrics.json"))
+    kind = "-frozen" if frozen else ""
+    if keep_predictions:
+        write_predictions(predictions, run.root / f"predictions{kind}.parquet")
+    write_metrics(report, run.root / f"metrics{kind}.json")
     if frozen:
         log("histories end at each user's first request of the split")
     print_report(report)
@@ -79,9 +86,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--split", default="test", choices=SPLITS)
     parser.add_argument("--frozen", action="store_true", help="histories end at each user's first request of the split")
+    parser.add_argument("--predictions", action="store_true", help="keep the scored impressions in the run's folder")
     given = parser.parse_args(arguments)
     try:
-        evaluate(given.run, given.split, given.frozen)
+        evaluate(given.run, given.split, given.frozen, given.predictions)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

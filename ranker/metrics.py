@@ -81,7 +81,7 @@ def binary_metrics(user: Array, label: Array, score: Array) -> BinaryMetrics:
     both_classes = 0 < positives < len(positive)
     entropy = -(mean * np.log(mean) + (1 - mean) * np.log(1 - mean)) if both_classes else None
 
-    overall, by_user = _count_pairs(user, positive, score)
+    overall, by_user = count_pairs(user, positive, score)
     ranked = by_user.positives * by_user.negatives > 0
     auc_u = by_user.auc(ranked)
     weight_u = (by_user.positives + by_user.negatives)[ranked]
@@ -99,7 +99,7 @@ def binary_metrics(user: Array, label: Array, score: Array) -> BinaryMetrics:
 
 
 @dataclass(frozen=True)
-class _Pairs:
+class Pairs:
     """Counts per group, `[G]` each; `won_twice`: 2 × (positive, negative) pairs in the right order, a tie a half."""
 
     won_twice: Int64s
@@ -107,10 +107,11 @@ class _Pairs:
     negatives: Int64s
 
     def auc(self, of: Array | slice = slice(None)) -> npt.NDArray[np.float64]:
+        """Share of the pairs that are in the right order, of each group."""
         return self.won_twice[of] / (2.0 * self.positives[of] * self.negatives[of])
 
 
-def _count_pairs(user: Array, positive: Array, score: Array) -> tuple[_Pairs, _Pairs]:
+def count_pairs(user: Array, positive: Array, score: Array) -> tuple[Pairs, Pairs]:
     """Pairs over all rows, and by user in ascending order.
 
     The order (user, score) takes one argsort by score and one plain sort of integers that pack user, rank of the score
@@ -134,7 +135,7 @@ def _count_pairs(user: Array, positive: Array, score: Array) -> tuple[_Pairs, _P
     return overall, _pairs_by_group(packed >> bits, packed >> 1, packed & 1)
 
 
-def _pairs_by_group(group: Int64s, rank: Int64s, label: Int64s) -> _Pairs:
+def _pairs_by_group(group: Int64s, rank: Int64s, label: Int64s) -> Pairs:
     """Pairs of each group; rows `[N]` are sorted by (group, rank). Integers throughout, hence exact."""
     tie = _starts((rank[1:] != rank[:-1]) | (group[1:] != group[:-1]))
     positives = np.add.reduceat(label, tie)  # [ties]
@@ -142,7 +143,7 @@ def _pairs_by_group(group: Int64s, rank: Int64s, label: Int64s) -> _Pairs:
     first = _starts(group[tie][1:] != group[tie][:-1])  # [G], the first tie of each group
     lower = np.cumsum(negatives) - negatives
     lower -= np.repeat(lower[first], np.diff(first, append=len(tie)))  # negatives of the group below the tie
-    return _Pairs(
+    return Pairs(
         won_twice=np.add.reduceat(positives * (2 * lower + negatives), first),
         positives=np.add.reduceat(positives, first),
         negatives=np.add.reduceat(negatives, first),

@@ -225,7 +225,7 @@ def _history_table(report: Report) -> Table:
             cells = [_cell(_value(measured, metric)) for metric in ("auc", "uauc", "logloss", "calibration")]
             if attainable is not None:
                 cells.append(_cell(_value(attainable.tasks.get(task), "auc")))
-            table.add_row(title, _interval(bucket), f"{measured.impressions:,}", *cells)
+            table.add_row(title, interval(bucket.min, bucket.max), f"{measured.impressions:,}", *cells)
             title = ""
         table.add_section()
     return table
@@ -248,10 +248,11 @@ def _block_table(blocks: list[BlockReport]) -> Table:
     return table
 
 
-def _interval(bucket: HistoryBucket) -> str:
-    if bucket.max is None:
-        return f"≥ {bucket.min:,}"
-    return f"{bucket.min:,}" if bucket.max == bucket.min + 1 else f"{bucket.min:,}–{bucket.max - 1:,}"
+def interval(low: int, high: int | None) -> str:
+    """The lengths of a bucket, ``low`` ≤ length < ``high``."""
+    if high is None:
+        return f"≥ {low:,}"
+    return f"{low:,}" if high == low + 1 else f"{low:,}–{high - 1:,}"
 
 
 def _cell(value: float | None) -> str:

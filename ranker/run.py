@@ -8,7 +8,8 @@ Layout::
     checkpoints/     step-00000100/ …; the position.json of each names the best so far by the monitored metric
     tensorboard/     scalars
     lock             held by the process that trains
-    metrics.json     written by `ranker evaluate`
+    training.json    at the end of training: its speed, memory and parameters
+    metrics.json     written by `ranker evaluate`; predictions.parquet too where asked for
 """
 
 from __future__ import annotations
@@ -66,13 +67,13 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def _leaves(value: object, path: str = "") -> dict[str, object]:
+def leaves(value: object, path: str = "") -> dict[str, object]:
     """The values of a config by their dotted key; a list is one value."""
     if not isinstance(value, dict) or not value:
         return {path: value}
     inner = cast("dict[str, object]", value)
-    below = (_leaves(inner[name], f"{path}.{name}" if path else name) for name in inner)
-    return {key: leaf for leaves in below for key, leaf in leaves.items()}
+    below = (leaves(inner[name], f"{path}.{name}" if path else name) for name in inner)
+    return {key: leaf for part in below for key, leaf in part.items()}
 
 
 def codebooks_of(config: TrainConfig, dataset: Dataset) -> dict[str, dict[str, str]]:
@@ -143,7 +144,7 @@ class Run:
         Raises:
             RunError: the config makes another model, or teaches or judges it by other examples.
         """
-        old, new = _leaves(self.config.model_dump(mode="json")), _leaves(config.model_dump(mode="json"))
+        old, new = leaves(self.config.model_dump(mode="json")), leaves(config.model_dump(mode="json"))
         for key in old | new:
             if old.get(key) != new.get(key) and key.startswith(_FIXED) and not key.startswith(_FREE):
                 raise RunError(

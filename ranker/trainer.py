@@ -33,9 +33,10 @@ from ranker.metrics import Predictions, task_metrics
 from ranker.model import Moments, Ranker
 from ranker.predict import predict, refuse_not_finite, scoring_loader, selection_of
 from ranker.ranks import Ranks, join_ranks
-from ranker.run import Run, codewords_of, refuse_existing, training_alone
+from ranker.run import Run, codewords_of, refuse_existing, training_alone, write_json
 from ranker.sharding import describe_plan, optimizer_of, shard
 from ranker.towers import click_losses, esmm_loss
+from ranker.training_cost import TrainingCost, table_parameters
 
 
 def build(spec: FeatureSpec, config: TrainConfig, moments: Moments, codewords: Codewords) -> Ranker:
@@ -80,16 +81,18 @@ class Trainer:
         self.loader = self._training_loader(dataset, selection, self.position.shards, ranks.rank, ranks.world)
         self.validation = self._validation_loader(dataset, selection)
         model = build(spec, config, moments, codewords_of(config, dataset))
+        tables = table_parameters(model.tables)
         torch.manual_seed(config.seed + ranks.rank)  # each rank's part of a table starts with values of its own
         self.model, plan = shard(model, config.tables, ranks)
         load_content(self.model, spec, dataset)
         self.optimizer, self.adam = optimizer_of(self.model, config.optimizer)
         self.dense_parameters: list[nn.Parameter] = [p for group in self.adam.param_groups for p in group["params"]]
+        self.cost = TrainingCost(sum(p.numel() for p in self.dense_parameters), tables)
         self.writer: SummaryWriter | None = None
         if ranks.first:
             for table, sharding, kernel, where in describe_plan(plan):
                 log(f"table {table}: {sharding}, kernel {kernel}, ranks {where}")
-            log(f"dense parameters: {sum(p.numel() for p in self.dense_parameters):,}")
+            log(f"dense parameters: {self.cost.dense_parameters:,}")
         if start:
             checkpoint.load(start, self.model, self.optimizer)
             if ranks.first:
@@ -161,6 +164,9 @@ class Trainer:
             log(f"stopped early: no gain in {self.position.stale_validations} validations")
         if self.writer:
             self.writer.close()
+        # a run that was resumed at its end keeps what it cost
+        if self.ranks.first and (self.cost.steps or not (root / "training.json").exists()):
+            write_json(root / "training.json", self.cost.content())
 
     def _due(self, every: int | None, epoch_done: bool) -> bool:
         return self.position.step % every == 0 if every else epoch_done
@@ -219,6 +225,7 @@ class Trainer:
         seconds = time.perf_counter() - window.started
         counts = (window.candidates, window.requests, window.clicks)
         candidates, requests, clicks = (self.ranks.total(x) for x in counts)
+        self.cost.add(window.steps, candidates, seconds)
         losses = [self.ranks.total(float(x)) / max(candidates, 1) for x in window.losses]
         rate = min(max(clicks / max(candidates, 1), 1e-7), 1 - 1e-7)
         entropy = -(rate * np.log(rate) + (1 - rate) * np.log(1 - rate))

@@ -1,4 +1,4 @@
-"""`ranker compare RUN …`: the metrics of evaluated runs side by side, with the references and the oracle they share."""
+"""`ranker runs RUN …`: the metrics of evaluated runs side by side, with the references and the oracle they share."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def read_metrics(run: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def compare(runs: Sequence[Path], console: Console | None = None) -> None:
+def show_runs(runs: Sequence[Path], console: Console | None = None) -> None:
     """Print one row a run.
 
     Raises:

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from features.errors import UserError
-from ranker.compare import compare
+from ranker.runs_table import show_runs
 
 
 def write_run(root: Path, name: str, auc: float | None, requests: int = 5) -> Path:
@@ -23,7 +23,7 @@ def write_run(root: Path, name: str, auc: float | None, requests: int = 5) -> Pa
 
 def test_runs_references_and_oracle_side_by_side(tmp_path: Path):
     console = Console(record=True, width=150)
-    compare([write_run(tmp_path, "mean", 0.61), write_run(tmp_path, "din", 0.625)], console)
+    show_runs([write_run(tmp_path, "mean", 0.61), write_run(tmp_path, "din", 0.625)], console)
     rows = {line.split()[0]: line for line in console.export_text().splitlines() if len(line.split()) > 2}
     assert "0.6100" in rows["mean"]
     assert "0.6250" in rows["din"]
@@ -35,14 +35,14 @@ def test_runs_references_and_oracle_side_by_side(tmp_path: Path):
 def test_refused(tmp_path: Path):
     a, b = write_run(tmp_path, "a", 0.6), write_run(tmp_path, "b", 0.6, requests=6)
     with pytest.raises(UserError, match="different requests"):
-        compare([a, b])
+        show_runs([a, b])
     with pytest.raises(UserError, match="ranker evaluate"):
-        compare([a, tmp_path / "c"])
+        show_runs([a, tmp_path / "c"])
 
 
 def test_no_number_is_cut_on_a_narrow_terminal(tmp_path: Path):
     console = Console(record=True, width=80)
-    compare([write_run(tmp_path, "a_run_with_a_name_of_great_length", 0.61234)], console)
+    show_runs([write_run(tmp_path, "a_run_with_a_name_of_great_length", 0.61234)], console)
     text = console.export_text()
     assert "…" not in text
     assert "0.6123" in text
