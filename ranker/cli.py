@@ -18,7 +18,7 @@ from rich.table import Table
 
 from features.errors import UserError
 from features.schema import Split
-from ranker import cli_sids
+from ranker import cli_compare, cli_sids
 from ranker.doctor import ensure_healthy, ensure_versions
 from ranker.doctor_probe import probe_apart
 
@@ -35,6 +35,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(cli_sids.app, name="sids")
+app.command("compare")(cli_compare.compare)
+app.command("tune")(cli_compare.tune)
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; `ranker schema` lists its keys")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="folder made by `ranker train`")]
@@ -107,12 +109,13 @@ def evaluate(
             "writes RUN/metrics-frozen.json",
         ),
     ] = False,
+    predictions: Annotated[bool, typer.Option("--predictions", help="keep the scored impressions in RUN too")] = False,
 ) -> None:
     """Measure a run: CTR, CTCVR and CVR, overall and by history length; writes RUN/metrics.json."""
     ensure_versions()
     from ranker.evaluate import evaluate as measure
 
-    measure(run, split, frozen)
+    measure(run, split, frozen, predictions)
 
 
 @app.command()
@@ -142,16 +145,16 @@ def picture(
 
 
 @app.command()
-def compare(runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="evaluated runs")]) -> None:
+def runs(runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="evaluated runs")]) -> None:
     """Show the metrics of several runs side by side."""
-    from ranker.compare import compare as show
+    from ranker.runs_table import show_runs
 
-    show(runs)
+    show_runs(runs)
 
 
 @app.command()
 def schema(
-    name: Annotated[Literal["prepare", "sids", "train"], typer.Argument(help="which config")],
+    name: Annotated[Literal["prepare", "sids", "train", "compare"], typer.Argument(help="which config")],
     json: Annotated[bool, typer.Option("--json", help="as JSON schema, for editors")] = False,
 ) -> None:
     """Print every key of a config: its type, default, and what it means."""
@@ -166,7 +169,7 @@ def schema(
         typer.echo(describe(model))
 
 
-def _config_model(name: Literal["prepare", "sids", "train"]) -> type[BaseModel]:
+def _config_model(name: Literal["prepare", "sids", "train", "compare"]) -> type[BaseModel]:
     if name == "prepare":
         from features.schema import PrepareConfig
 
@@ -175,6 +178,10 @@ def _config_model(name: Literal["prepare", "sids", "train"]) -> type[BaseModel]:
         from features.semantic_ids.config import SidsConfig
 
         return SidsConfig
+    if name == "compare":
+        from ranker.compare.config import CompareConfig
+
+        return CompareConfig
     from ranker.config import TrainConfig
 
     return TrainConfig

@@ -1,0 +1,153 @@
+"""Where a cell's commands run: as child processes here, or as jobs of a TorchX scheduler."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Protocol
+
+from features.errors import UserError
+from ranker.compare.config import SchedulerConfig
+
+_RANK = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+"""environment of a rank: with it, a child would take itself for one"""
+
+
+class Launcher(Protocol):
+    """Runs commands, several at a time, until it is stopped."""
+
+    def train(self, config: Path, run: Path, resume: bool, log: Path) -> int:
+        """`ranker.train`; its exit code."""
+        ...
+
+    def evaluate(self, run: Path, split: str, log: Path) -> int:
+        """`ranker.evaluate`, with predictions; its exit code."""
+        ...
+
+    def stop(self) -> None:
+        """End what runs, start nothing more."""
+        ...
+
+
+class ChildProcesses:
+    """One process a command.
+
+    Args:
+        threads: for the libraries that read OMP_NUM_THREADS; None leaves it as it is.
+    """
+
+    def __init__(self, threads: int | None) -> None:
+        self._environment = {k: v for k, v in os.environ.items() if k not in _RANK}
+        if threads is not None:
+            self._environment["OMP_NUM_THREADS"] = str(threads)
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._lock = threading.Lock()
+        self._stopped = False
+
+    def train(self, config: Path, run: Path, resume: bool, log: Path) -> int:
+        """As :class:`Launcher` has it."""
+        return self.module("ranker.train", [str(config), "--out", str(run), *(["--resume"] if resume else [])], log)
+
+    def evaluate(self, run: Path, split: str, log: Path) -> int:
+        """As :class:`Launcher` has it."""
+        return self.module("ranker.evaluate", [str(run), "--split", split, "--predictions"], log)
+
+    def module(self, name: str, arguments: list[str], log: Path) -> int:
+        """`python -m NAME`; its exit code."""
+        with log.open("ab") as file:
+            with self._lock:
+                if self._stopped:
+                    return 1
+                child = subprocess.Popen(
+                    [sys.executable, "-m", name, *arguments], stdin=subprocess.DEVNULL, stdout=file,
+                    stderr=subprocess.STDOUT, env=self._environment,
+                )  # fmt: skip
+                self._running.add(child)
+            try:
+                return child.wait()
+            finally:
+                with self._lock:
+                    self._running.discard(child)
+
+    def stop(self) -> None:
+        """As :class:`Launcher` has it."""
+        with self._lock:
+            self._stopped = True
+            for child in self._running:
+                child.terminate()
+
+
+class TorchXJobs:
+    """One job a command, by the components of `launch`. Their files must be seen by every machine.
+
+    Raises:
+        UserError: the components are not installed.
+    """
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self._config, self._handles, self._lock, self._stopped = config, set[str](), threading.Lock(), False
+        found = importlib.util.find_spec("launch.components")
+        if found is None or found.origin is None:
+            raise UserError("scheduler: the package `launch` with TorchX's components is not installed")
+        self._components = found.origin
+        from torchx.runner import get_runner
+
+        self._runner = get_runner()
+        if config.name not in (known := self._runner.scheduler_backends()):
+            raise UserError(f"scheduler: TorchX has no scheduler {config.name!r}; it has {', '.join(known)}")
+
+    def train(self, config: Path, run: Path, resume: bool, log: Path) -> int:
+        """As :class:`Launcher` has it."""
+        options = ["--config", str(config.absolute()), "--out", str(run.absolute())]
+        return self._job("train", options, ["--resume"] if resume else [], log)
+
+    def evaluate(self, run: Path, split: str, log: Path) -> int:
+        """As :class:`Launcher` has it."""
+        return self._job("evaluate", ["--run", str(run.absolute()), "--split", split], ["--predictions"], log)
+
+    def _job(self, component: str, options: list[str], further: list[str], log: Path) -> int:
+        size = self._config.model_dump(include={"nnodes", "nproc", "cpu", "gpu", "memory_mb", "image"})
+        arguments = [part for key, value in size.items() if value != "" for part in (f"--{key}", str(value))]
+        with self._lock:
+            if self._stopped:
+                return 1
+            handle = self._runner.run_component(
+                f"{self._components}:{component}",
+                [*arguments, *options, *(["--", *further] if further else [])],
+                str(self._config.name),
+                self._config.cfg,
+            )
+            self._handles.add(handle)
+        try:
+            status = self._runner.wait(handle, wait_interval=1)
+        finally:
+            with self._lock:
+                self._handles.discard(handle)
+        with log.open("a") as file:
+            file.write(f"{handle}: {status.state.name if status else 'unknown'}\n")
+            for role in status.roles if status else ():
+                file.writelines(self._lines(handle, role.role))
+        return 0 if status is not None and status.state.name == "SUCCEEDED" else 1
+
+    def _lines(self, handle: str, role: str) -> list[str]:
+        """What the first machine said, where the scheduler keeps it."""
+        try:
+            return [line.rstrip("\n") + "\n" for line in self._runner.log_lines(handle, role, 0)]
+        except Exception as error:  # each scheduler raises its own; the job's state is known without its log
+            return [f"its log cannot be read: {error}\n"]
+
+    def stop(self) -> None:
+        """As :class:`Launcher` has it."""
+        with self._lock:
+            self._stopped = True
+            for handle in self._handles:
+                self._runner.cancel(handle)
+
+
+def launcher_of(config: SchedulerConfig, threads: int | None) -> Launcher:
+    """What a comparison's config asks for."""
+    return ChildProcesses(threads) if config.name is None else TorchXJobs(config)
