@@ -12,6 +12,7 @@ TorchX splits lists at commas, which values may hold.) `config`, `out` and the d
 from typing import Dict, Optional
 
 import torchx.components.dist as dist
+import torchx.components.utils as utils
 import torchx.specs as specs
 
 
@@ -75,6 +76,40 @@ def evaluate(
         max_retries: how often the scheduler may start a failed job again
     """
     return _ddp("evaluate", [run, "--split", split, *args], nnodes, nproc, cpu, gpu, memory_mb, image, env, max_retries)
+
+
+def compare(
+    *args: str,
+    config: str,
+    out: str,
+    parallel: int = 1,
+    cpu: int = 2,
+    memory_mb: int = 16_384,
+    image: str = "",
+    env: Optional[Dict[str, str]] = None,
+    max_retries: int = 0,
+) -> specs.AppDef:
+    """Compare methods on one machine, or from it: with ``-- --scheduler slurm`` every run is a job of its own.
+
+    A job that is started again goes on where it was.
+
+    Args:
+        args: further arguments of `ranker compare`, as --methods din,uxsid --lengths 50,1000
+        config: YAML file of the comparison
+        out: folder of the comparison
+        parallel: runs at a time
+        cpu: cores of the machine
+        memory_mb: its memory, MB
+        image: container image, where the scheduler takes one
+        env: environment variables, as A=1,B=2
+        max_retries: how often the scheduler may start a failed job again
+    """
+    arguments = ["compare", config, "--out", out, "--parallel", str(parallel), *args]
+    app = utils.python(*arguments, m="ranker.cli", image=image, name="ranker-compare", cpu=cpu, memMB=memory_mb)
+    for role in app.roles:
+        role.env.update(env or {})
+        role.max_retries = max_retries
+    return app
 
 
 def _ddp(

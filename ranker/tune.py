@@ -63,9 +63,10 @@ def parse_space(texts: Sequence[str]) -> list[Dimension]:
     found: dict[str, Dimension] = {}
     for text in texts:
         key, equals, values = (part.strip() for part in text.partition("="))
-        if not equals or not values or key in found:
+        match = _RANGE.match(values)
+        if not equals or not values or key in found or (".." in values and match is None):
             raise UserError(f"--space {text}: must be KEY=LOW..HIGH, KEY=LOW..HIGH log or KEY=A,B,C, each key once")
-        if match := _RANGE.match(values):
+        if match is not None:
             low, high = (_yaml(text, match[end]) for end in ("low", "high"))
             numbers = all(isinstance(x, int | float) and not isinstance(x, bool) for x in (low, high))
             if not numbers or low >= high or (match["log"] and low <= 0):

@@ -20,7 +20,7 @@ from ranker.compare.plan import Cell, plan
 from ranker.compare.protocol import Protocol, cost_machines, protocol_of
 from ranker.compare.results import Results, cost_name, gather, json_of
 from ranker.compare.running import Failure, run_cells, tail
-from ranker.compare.tables import markdown_brief, markdown_long, markdown_short, rich_table, short_table
+from ranker.compare.tables import markdown_brief, markdown_long, markdown_short, rich_table, terminal_tables
 from ranker.run import write_json, write_text
 
 
@@ -52,7 +52,8 @@ def compare(
         if train:
             launcher = launcher or launcher_of(config.scheduler, config.threads)
             failures += run_cells(cells, folder, config.split, launcher, config.parallel)
-            failures += _measure_costs(cells, folder, config)
+            if any(folder.state(cell, config.split) == "finished" for cell in cells):
+                failures += _measure_costs(cells, folder, config)
         results = gather(cells, folder, config)
         if not results.rows:
             raise UserError(f"{out}: no cell is finished; " + (failures[0].log if failures else "leave out --no-train"))
@@ -60,7 +61,8 @@ def compare(
         _write(config, cells, folder, results, protocol, failures)
         for readme in readmes:
             markers.fill(readme, config.name, markdown_brief(results, protocol), markdown_long(results, protocol))
-    (console or Console()).print(rich_table(short_table(results)))
+    for table in terminal_tables(results):
+        (console or Console()).print(rich_table(table))
     log(f"written to {out}: table.json, table.md, report.html")
     for failure in failures:
         log(f"failed: {failure.cell}: {failure.step}")

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from features.progress import Progress, log
+from features.progress import Progress, console, log
 from features.schema import Split
 from ranker.compare.folder import CompareFolder
 from ranker.compare.launching import Launcher
@@ -43,7 +43,7 @@ def run_cells(
         log(f"{done} of {len(cells)} cells are finished")
     failures: list[Failure] = []
     pool = ThreadPoolExecutor(parallel)
-    with Progress("compare", len(cells), bool(todo), done) as progress, _ended_by_sigterm():
+    with Progress("compare", len(cells), console.is_terminal, done) as progress, _ended_by_sigterm():
         started = {pool.submit(_run, cell, folder, split, launcher): cell for cell in todo}
         try:
             for future in as_completed(started):

@@ -26,6 +26,8 @@ LEGEND = (
 )
 BRIEFLY = ("dataset", "measured", "budget", "batch", "widths", "seeds", "machine")
 """what a README tells of the protocol"""
+_COSTS = "Cost alone: encode a request, read a candidate, memory a user"
+_DECIDES = "Clicks (CTR), and cost: encode a request, read a candidate, memory a user, candidates trained"
 _REFERENCES = {"item_rate": "item rate", "user_item_logit": "user + item"}
 
 
@@ -43,17 +45,25 @@ Column = tuple[str, Callable[[RowResult], str]]
 
 def short_table(results: Results) -> Table:
     """What decides: quality of clicks, and cost."""
-    columns: list[Column] = [
-        ("AUC", lambda r: estimate(r.tasks["ctr"]["auc"])),
-        ("Δ AUC", lambda r: delta(r.differences.get(("ctr", "auc")))),
-        ("UAUC", lambda r: estimate(r.tasks["ctr"]["uauc"])),
-        ("log loss", lambda r: estimate(r.tasks["ctr"]["logloss"])),
+    return _table(_DECIDES, results, [*_quality(), *_cost()])
+
+
+def terminal_tables(results: Results) -> list[Table]:
+    """The same in two, which fit into 80 columns."""
+    return [_table("Clicks (CTR)", results, _quality()), _table(_COSTS, results, _cost())]
+
+
+def _quality() -> list[Column]:
+    return [_metric("ctr", "auc"), _delta("ctr", "auc"), _metric("ctr", "uauc"), _metric("ctr", "logloss")]
+
+
+def _cost() -> list[Column]:
+    return [
         ("encode, ms", lambda r: encode_ms(r.cost)),
         ("read, µs", lambda r: read_us(r.cost)),
         ("memory, KiB", lambda r: memory_kib(r.cost)),
         ("training, 1/s", lambda r: count(r.training["candidates_per_s"])),
     ]
-    return _table("Clicks (CTR), and cost: encode a request, read a candidate, memory a user", results, columns)
 
 
 def task_tables(results: Results) -> list[Table]:
@@ -91,7 +101,7 @@ def cost_table(results: Results) -> Table:
         for cost in costs
     ]
     header = ["method", "events", "encode, ms", "read, µs", "memory, KiB"]
-    return Table("Cost alone: encode a request, read a candidate, memory a user", header, 1, rows)
+    return Table(f"{_COSTS}, as histories grow", header, 1, rows)
 
 
 def all_tables(results: Results) -> list[Table]:
@@ -192,11 +202,11 @@ def _lines(protocol: Protocol) -> str:
 
 
 def rich_table(table: Table) -> RichTable:
-    """For a terminal; long names take two lines, a number is never cut."""
+    """For a terminal; a deviation or interval stands below its mean, long names take two lines, no number is cut."""
     shown = RichTable(title=table.title, box=box.SIMPLE, padding=(0, 1, 0, 0))
     for i, title in enumerate(table.header):
         number = i >= table.labels
-        shown.add_column(title, justify="right" if number else "left", no_wrap=number, overflow="fold")
+        shown.add_column(title, justify="right" if number else "left", overflow="fold", no_wrap=number)
     for row in table.rows:
-        shown.add_row(*row)
+        shown.add_row(*(cell.replace(" ± ", "\n± ").replace(" [", "\n[") for cell in row))
     return shown

@@ -46,6 +46,17 @@ def test_evaluate():
     assert "-m ranker.evaluate runs/a --split valid" in out
 
 
+def test_compare_is_one_process_that_starts_its_own():
+    out = dry_run(
+        *("-s", "local_cwd", "launch/components.py:compare", "--config", "c.yaml", "--out", "o", "--parallel", "3"),
+        *("--env", "A=1", "--", "--methods", "din,uxsid", "--lengths", "50,1000"),
+    )
+    arguments = "-m ranker.cli compare c.yaml --out o --parallel 3 --methods din,uxsid --lengths 50,1000"
+    assert arguments in out.replace("', '", " ")
+    assert "'A': '1'" in out
+    assert "torchrun" not in out
+
+
 def test_plain_ddp_needs_no_component():
     out = dry_run("-s", "local_cwd", "dist.ddp", "-j", "1x2", "-m", "ranker.train", "--", "c.yaml", "--out", "r")
     assert "-m ranker.train c.yaml --out r" in out

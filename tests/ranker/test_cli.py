@@ -56,7 +56,7 @@ def manifest() -> Manifest:
 def test_help_names_every_command(run):
     code, out, _ = run("--help")
     assert code == 0
-    for command in ("doctor", "prepare", "train", "evaluate", "export", "schema"):
+    for command in ("doctor", "prepare", "train", "evaluate", "export", "runs", "compare", "tune", "schema"):
         assert command in out
 
 
@@ -100,9 +100,9 @@ def test_evaluate_and_export_pass_their_arguments(run, stub):
     stub("ranker.evaluate", "evaluate", lambda *arguments: given.append(arguments))
     stub("ranker.export", "export", lambda *arguments: given.append(arguments))
     assert run("evaluate", "r", "--split", "valid")[0] == 0
-    assert run("evaluate", "r", "--frozen")[0] == 0
+    assert run("evaluate", "r", "--frozen", "--predictions")[0] == 0
     assert run("export", "r", "--out", "o")[0] == 0
-    assert given == [(Path("r"), "valid", False), (Path("r"), "test", True), (Path("r"), Path("o"))]
+    assert given == [(Path("r"), "valid", False, False), (Path("r"), "test", True, True), (Path("r"), Path("o"))]
     assert run("evaluate", "r", "--split", "tset")[0] == 2
 
 
@@ -153,10 +153,59 @@ def test_doctor_exit_code_and_remedy(run, monkeypatch: pytest.MonkeyPatch, statu
     assert "pip install fbgemm" in out
 
 
-@pytest.mark.parametrize(("name", "key"), [("prepare", "conversion_read_s"), ("train", "conversion_weight")])
+def test_compare_passes_its_options_and_fails_if_a_cell_did(run, stub, tmp_path: Path):
+    given: list[object] = []
+
+    def compare(config: object, folder: Path, out: Path, *rest: object) -> list[object]:
+        given.append((config, folder, out, *rest))
+        return failures
+
+    failures: list[object] = []
+    stub("ranker.compare.command", "compare", compare)
+    path = tmp_path / "compare.yaml"
+    path.write_text("name: x\nmethods: {a: {}, b: {}}\nlengths: [1]\nbaseline: a")
+    options = ["--methods", "b,c", "--lengths", "5,0", "--seeds", "3", "--baseline", "b@5", "--steps", "7"]
+    options += [
+        "--sweep",
+        "k=1,2",
+        "--set",
+        "a=1",
+        "--set",
+        "b=2",
+        "--recompute",
+        "b-*",
+        "--readme",
+        "R.md",
+        "--no-train",
+    ]
+    assert run("compare", str(path), "--out", "o", *options)[0] == 0
+    config, *rest = given[0]
+    assert (list(config.methods), config.lengths, config.seeds, config.baseline) == (["b", "c"], [5, 0], [3], "b@5")
+    assert (config.budget.steps, config.sweep, config.set) == (7, {"k": [1, 2]}, ["a=1", "b=2"])
+    assert rest == [tmp_path, Path("o"), ["b-*"], [Path("R.md")], False]
+    failures.append("cell")
+    assert run("compare", str(path), "--out", "o")[0] == 1
+
+
+def test_an_interrupted_comparison_says_how_to_go_on(run, stub, tmp_path: Path):
+    def compare(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    stub("ranker.compare.command", "compare", compare)
+    path = tmp_path / "compare.yaml"
+    path.write_text("name: x\nmethods: {a: {}}\nlengths: [1]\nbaseline: a")
+    code, _, err = run("compare", str(path), "--out", "o")
+    assert code == 130
+    assert "the same command goes on" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("prepare", "conversion_read_s: number"), ("train", "conversion_weight: number"), ("compare", "groups: integer")],
+)
 def test_schema_documents_every_key(run, name: str, key: str):
     code, out, _ = run("schema", name)
     assert code == 0
-    assert f"{key}: number" in out
+    assert key in out
     code, out, _ = run("schema", name, "--json")
-    assert key in json.dumps(json.loads(out)["$defs"])
+    assert key.split(":")[0] in json.dumps(json.loads(out)["$defs"])

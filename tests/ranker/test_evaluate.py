@@ -26,6 +26,7 @@ from ranker.metrics import HISTORY_EDGES, Predictions
 from ranker.predict import predict, scoring_loader, selection_of
 from ranker.ranks import join_ranks
 from ranker.run import Run
+from ranker.stored_predictions import read_predictions
 
 ConfigOf = Callable[..., TrainConfig]
 METRICS = {"auc", "uauc", "wuauc", "logloss", "ne", "calibration"}
@@ -163,6 +164,18 @@ def test_frozen_histories(trained: Path, tmp_path: Path):
     assert frozen["impressions"] == live["impressions"]
     assert frozen["references"] == live["references"]
     assert frozen["ctr"]["logloss"] != live["ctr"]["logloss"]
+
+
+def test_predictions_are_kept_where_asked_for(trained: Path, tmp_path: Path, predictions: Predictions):
+    run = shutil.copytree(trained, tmp_path / "run")
+    with pytest.raises(UserError, match=r"write it with `ranker evaluate .* --predictions`"):
+        read_predictions(run / "predictions.parquet")
+    evaluate(run, keep_predictions=True)
+    found = read_predictions(run / "predictions.parquet")
+    assert found.columns().keys() == predictions.columns().keys()
+    for name, column in predictions.columns().items():
+        np.testing.assert_array_equal(found.columns()[name], column)
+        assert found.columns()[name].dtype == column.dtype
 
 
 def test_a_diverged_model_is_refused(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
