@@ -6,8 +6,10 @@ import resource
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ranker.embeddings import Tables
+if TYPE_CHECKING:
+    from ranker.embeddings import Tables
 
 
 @dataclass

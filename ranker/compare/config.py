@@ -46,7 +46,7 @@ class SpeedConfig(Strict):
     )
     candidates: int = Field(default=100, ge=1, description="of the request")
     groups: int = Field(default=20, ge=1, description="distinct codes among the candidates, for methods that probe")
-    repeats: int = Field(default=9, ge=1, description="of which the median counts")
+    repeats: int = Field(default=9, ge=1, description="of which the median counts, at least")
 
 
 class BootstrapConfig(Strict):

@@ -3,8 +3,9 @@ histories grow.
 
 Measured are DIN on the short history and every long-sequence block of a run's config, of the run's widths, with fresh
 weights and generated histories of exactly L events, of which DIN reads its latest `length`; in a method without a block
-DIN reads all L, and has no `encode`: it keeps the events. One thread, no gradients, the median of repeats; of the
-process's processor time, so that others' work on the machine counts for less.
+DIN reads all L, and has no `encode`: it keeps the events. A block's memory is what its `encode` returns. One thread,
+no gradients, the median of repeats; of the process's processor time, so that others' work on the machine counts for
+less.
 
     python -m ranker.compare.cost JOBS
 """
@@ -36,6 +37,8 @@ from ranker.run import codewords_of, write_json
 from ranker.towers import DIN
 
 T = TypeVar("T")
+_LEAST_S, _MOST = 0.05, 500
+"""a call is repeated for so long, but at most so often"""
 
 
 class PartCost(NamedTuple):
@@ -48,7 +51,8 @@ class PartCost(NamedTuple):
 
 
 class MethodCost(NamedTuple):
-    """Of all that reads histories, at one length. encode_us: a request; read_us: a candidate; memory_bytes: a user."""
+    """Of all that reads histories, at one length. encode_us: a request; read_us: a candidate; memory_bytes: what the
+    blocks keep of a user (without a block: DIN)."""
 
     length: int
     encode_us: float
@@ -93,11 +97,12 @@ def measure_cost(config: TrainConfig, dataset: Dataset, length: int, sizes: Size
     codewords = codewords_of(config, dataset)
     for i in range(len(config.model.long)):
         parts.append(_block(config, i, spec, codewords, history, target, codes, sizes))
+    kept = parts[-len(config.model.long) :]  # without a block: all there is
     return MethodCost(
         length,
         sum(part.encode_us for part in parts),
         sum(part.read_us for part in parts),
-        sum(part.memory_bytes for part in parts),
+        sum(part.memory_bytes for part in kept),
         parts,
     )
 
@@ -142,11 +147,11 @@ def _block(
 
 
 def _median_s(run: Callable[[], T], repeats: int) -> tuple[float, T]:
-    """Median seconds of a call, and its result; the first call, untimed, warms up."""
+    """Median seconds of a call, and its result. The first call, untimed, warms up; short ones are repeated longer."""
     times: list[float] = []
     with torch.no_grad():
         result = run()
-        for _ in range(repeats):
+        while len(times) < repeats or (sum(times) < _LEAST_S and len(times) < _MOST):
             began = time.process_time()
             run()
             times.append(time.process_time() - began)

@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 
 from ranker.compare.pareto import pareto_front
@@ -68,15 +69,19 @@ def by_length(results: Results, task: Task) -> Figure:
     figure = new_figure(8, 4.5)
     axes = figure.subplots()
     lengths = sorted({_reach(r) for r in results.rows if r.row.length is not None})
-    for name, look in looks(results).items():
-        rows = [r for r in results.rows if cost_name(r.row) == name and r.mean(task, "auc") is not None]
-        if rows and rows[0].row.length is None:
-            axes.axhline(rows[0].mean(task, "auc") or 0, color=look["color"], linestyle=look["linestyle"], label=name)
-        elif rows:
-            rows.sort(key=_reach)
-            x = [lengths.index(_reach(r)) for r in rows]
-            bars = [r.tasks[task]["auc"].sd or 0 for r in rows]
-            axes.errorbar(x, [r.mean(task, "auc") or 0 for r in rows], bars, capsize=2, label=name, **look)
+    styles = looks(results)
+    for number, (name, look) in enumerate(styles.items()):
+        rows = sorted((r for r in results.rows if cost_name(r.row) == name), key=_reach)
+        values = [np.nan if (auc := r.mean(task, "auc")) is None else auc for r in rows]
+        if len(rows) == 1:  # a level to hold the others against
+            axes.axhline(values[0], color=look["color"], linewidth=0.8, zorder=0)
+        if rows[0].row.length is None:
+            axes.plot([], [], label=name, **look)
+            continue
+        beside = 0.3 * (number / max(len(styles) - 1, 1) - 0.5)  # or bars would hide one another
+        x = [lengths.index(_reach(r)) + beside for r in rows]
+        bars = [r.tasks[task]["auc"].sd or 0 for r in rows]
+        axes.errorbar(x, values, bars, capsize=2, elinewidth=0.8, label=name, **look)
     axes.set_xticks(range(len(lengths)), ["all" if np.isinf(length) else f"{length:,.0f}" for length in lengths])
     axes.set_xlabel("latest events that are read")
     _finish(axes, f"{task.upper()} AUC")
@@ -103,6 +108,9 @@ def by_cost(results: Results, task: Task) -> Figure:
         length = result.row.shown_length
         axes.annotate(length, (costs[i], values[i]), xytext=(5, 4), textcoords="offset points", fontsize=7, color=DARK)
     axes.set_xscale("log")
+    for axis in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        axis(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.tick_params(axis="x", which="both", labelsize=8)
     axes.set_xlabel("reading a candidate, µs; numbers: events that are read; grey: the Pareto front")
     _finish(axes, f"{task.upper()} AUC")
     return figure

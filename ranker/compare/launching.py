@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -15,6 +16,8 @@ from ranker.compare.config import SchedulerConfig
 
 _RANK = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 """environment of a rank: with it, a child would take itself for one"""
+_OF_A_RANK = re.compile(r"\[\d+\]:")
+"""how torchrun begins a line of a rank; its own traceback of a rank's end says less"""
 
 
 class Launcher(Protocol):
@@ -129,16 +132,20 @@ class TorchXJobs:
                 self._handles.discard(handle)
         with log.open("a") as file:
             file.write(f"{handle}: {status.state.name if status else 'unknown'}\n")
-            for role in status.roles if status else ():
-                file.writelines(self._lines(handle, role.role))
+            file.writelines(self._said(handle))
         return 0 if status is not None and status.state.name == "SUCCEEDED" else 1
 
-    def _lines(self, handle: str, role: str) -> list[str]:
-        """What the first machine said, where the scheduler keeps it."""
+    def _said(self, handle: str) -> list[str]:
+        """What the first machine's ranks said, where the scheduler keeps it; all that was said if they said nothing."""
         try:
-            return [line.rstrip("\n") + "\n" for line in self._runner.log_lines(handle, role, 0)]
-        except Exception as error:  # each scheduler raises its own; the job's state is known without its log
+            app = self._runner.describe(handle)
+            lines = [
+                line for role in (app.roles if app else ()) for line in self._runner.log_lines(handle, role.name, 0)
+            ]
+        except Exception as error:  # each scheduler raises its own; the job's end is known without its log
             return [f"its log cannot be read: {error}\n"]
+        lines = [line.rstrip("\n") + "\n" for line in lines]
+        return [line for line in lines if _OF_A_RANK.match(line)] or lines
 
     def stop(self) -> None:
         """As :class:`Launcher` has it."""

@@ -14,7 +14,7 @@ from ranker.compare.tables import LEGEND, Table, all_tables
 from ranker.stored_predictions import read_predictions
 
 _STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 1100px; margin: 2em auto; padding: 0 1em; }
+body { font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 1280px; margin: 2em auto; padding: 0 1em; }
 h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 13px; white-space: nowrap; }
@@ -24,7 +24,7 @@ th { border-bottom: 1px solid #888; } tr:hover td { background: #f2f4f8; }
 figure { margin: 1em 0; } figcaption { font-size: 13px; color: #555; } svg { max-width: 100%; height: auto; }
 dt { font-weight: 600; margin-top: .4em; } dd { margin: 0 0 0 1.5em; }
 .failed { border-left: 4px solid #c44e52; padding-left: 1em; } pre { overflow-x: auto; font-size: 12px; }
-.pair { display: flex; flex-wrap: wrap; gap: 1em; } .pair figure { flex: 1 1 380px; }
+.pair { display: flex; flex-wrap: wrap; gap: 1em; } .pair figure { flex: 0 1 600px; }
 """
 
 
@@ -53,10 +53,12 @@ def _figures(results: Results) -> list[str]:
     return [
         _section(
             "Does reading more help?",
+            '<div class="pair">',
             *(
                 _figure(f"length-{task}", partial(figures.by_length, results, task), "Bars: deviation over seeds.")
                 for task in results.tasks
             ),
+            "</div>",
         ),
         _section(
             "At what cost?",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
 
 from features import provenance
 from features.dataset import Dataset
+from features.schema import Split
 from ranker.compare.config import CompareConfig
 from ranker.compare.folder import CompareFolder
 from ranker.compare.plan import Cell
@@ -35,8 +35,8 @@ def protocol_of(config: CompareConfig, cells: Sequence[Cell], folder: CompareFol
         "common settings": ", ".join(config.set) or "none",
         "methods": "; ".join(_method(config, name) for name in config.methods),
         "cost": f"generated histories, one request of {config.speed.candidates} candidates with {config.speed.groups} "
-        f"distinct groups, one thread, median of {config.speed.repeats}; DIN on the short history included; memory for "
-        "those groups, DIN's events as embedded",
+        f"distinct groups, one thread, median of at least {config.speed.repeats}; DIN on the short history included in "
+        "read; memory of the blocks, for those groups, or of DIN's events, embedded, where there is no block",
         "difference": f"from {config.baseline}, mean over the seeds; 95 % interval of {config.bootstrap.draws:,} draws "
         f"of users (seed {config.bootstrap.seed}), the same for both, metrics averaged over the seeds within a draw: "
         "the interval is that of other users, ± that of other seeds",
@@ -52,8 +52,10 @@ def cost_machines(folder: CompareFolder) -> dict[str, str]:
     return {path.name.removesuffix(".json"): json.loads(path.read_text())["machine"] for path in files}
 
 
-def _samples(dataset: Dataset, split: Any) -> str:
-    info = dataset.manifest.splits[split]
+def _samples(dataset: Dataset, split: Split) -> str:
+    info = dataset.manifest.splits.get(split)
+    if info is None:
+        return f"{split}: nothing"
     positives = ", ".join(f"{info.positives[label]:,} {label}" for label in info.positives)
     return f"{split}: {info.requests:,} requests, {info.impressions:,} impressions ({positives}), {info.users:,} users"
 

@@ -80,6 +80,8 @@ class Results:
     tasks: list[Task]
     costs: dict[str, list[MethodCost]]
     """at every measured length, by method and swept values"""
+    seeds: int
+    """of each row, where all are finished"""
 
 
 def gather(cells: Sequence[Cell], folder: CompareFolder, config: CompareConfig) -> Results:
@@ -103,7 +105,7 @@ def gather(cells: Sequence[Cell], folder: CompareFolder, config: CompareConfig) 
         result.cost = cost_at(costs[cost_name(result.row)], result.row.length)
     if config.bootstrap.draws:
         _compare(rows, metrics, list(dict.fromkeys(c.row for c in cells)), config)
-    return Results(rows, references, tasks, costs)
+    return Results(rows, references, tasks, costs, len(config.seeds))
 
 
 def _read(path: Path) -> Json:

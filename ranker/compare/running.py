@@ -57,10 +57,12 @@ def run_cells(
                     log(f"[{done}/{len(cells)}] {cell.name}: {failure.step} failed ({folder.log(cell)}):\n{lines}")
                 progress.advance()
         except BaseException:
+            for future in started:
+                future.cancel()
             launcher.stop()
             raise
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            pool.shutdown()
     return failures
 
 

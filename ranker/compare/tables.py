@@ -96,11 +96,11 @@ def training_table(results: Results) -> Table:
 def cost_table(results: Results) -> Table:
     """What methods cost as histories grow."""
     rows = [
-        [name, f"{cost.length:,}", encode_ms(cost), read_us(cost), memory_kib(cost)]
+        [name, f"{cost.length:,}", encode_ms(cost), read_us(cost), blocks_us(cost), memory_kib(cost)]
         for name, costs in results.costs.items()
         for cost in costs
     ]
-    header = ["method", "events", "encode, ms", "read, µs", "memory, KiB"]
+    header = ["method", "events", "encode, ms", "read, µs", "of it blocks, µs", "memory, KiB"]
     return Table(f"{_COSTS}, as histories grow", header, 1, rows)
 
 
@@ -124,7 +124,11 @@ def _table(title: str, results: Results, columns: Sequence[Column]) -> Table:
     for result in results.rows:
         swept = dict(result.row.sweep)
         values = [_plain(swept[key]) if key in swept else NONE for key in keys]
-        rows.append([result.row.method, result.row.shown_length, *values, *(cell(result) for _, cell in columns)])
+        finished = len(result.runs)
+        less = f" ({finished} of {results.seeds} seeds)" if finished < results.seeds else ""
+        rows.append(
+            [result.row.method + less, result.row.shown_length, *values, *(cell(result) for _, cell in columns)]
+        )
     titles = [title for title, _ in columns]
     return Table(title, ["method", "L", *keys, *titles], 2 + len(keys), rows)
 
@@ -161,6 +165,12 @@ def encode_ms(cost: MethodCost | None) -> str:
 def read_us(cost: MethodCost | None) -> str:
     """Microseconds."""
     return NONE if cost is None else _digits(cost.read_us)
+
+
+def blocks_us(cost: MethodCost) -> str:
+    """The same without DIN; – where there is no block."""
+    blocks = [part.read_us for part in cost.parts if part.part != "DIN"]
+    return _digits(sum(blocks)) if blocks else NONE
 
 
 def memory_kib(cost: MethodCost | None) -> str:

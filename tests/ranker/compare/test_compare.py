@@ -10,6 +10,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -26,7 +27,7 @@ from ranker.compare.folder import CompareFolder
 from ranker.compare.options import Options, load_compare
 from ranker.compare.plan import plan
 from ranker.compare.results import gather, json_of
-from ranker.compare.running import run_cells
+from ranker.compare.running import Failure, run_cells
 from ranker.compare.tables import short_table
 from ranker.metrics import binary_metrics
 from ranker.stored_predictions import read_predictions
@@ -264,6 +265,63 @@ def test_a_sweep_is_an_axis_of_the_table(configs: Path, tmp_path: Path, here: In
     table = short_table(results)
     assert table.header[:3] == ["method", "L", "model.long.0.heads"]
     assert [row[:3] for row in table.rows] == [["attention", "5", "1"], ["attention", "5", "2"]]
+
+
+def test_a_row_that_lacks_a_seed_says_so(configs: Path, copy: Path):
+    (copy / "cells/mean-L40-s1/metrics.json").unlink()
+    config = load_compare(configs / "compare.yaml", Options())
+    results = gather(plan(config, configs), CompareFolder(copy), config)
+    assert [row[0] for row in short_table(results).rows] == ["din", "din", "mean", "mean (1 of 2 seeds)"]
+    shared = results.rows[-1].differences["ctr", "auc"].value  # of the seed that both have
+    ours, theirs = (metrics_of(copy, f"{row}-s0")["ctr"]["auc"] for row in ("mean-L40", "din-L5"))
+    assert shared == pytest.approx(ours - theirs)
+
+
+class Together:
+    """Trainings that end only when two run at a time."""
+
+    def __init__(self) -> None:
+        self.barrier = threading.Barrier(2, timeout=60)
+
+    def train(self, config: Path, run: Path, resume: bool, log: Path) -> int:
+        self.barrier.wait()
+        return 3
+
+    def evaluate(self, run: Path, split: str, log: Path) -> int:
+        raise AssertionError("what was not trained is not evaluated")
+
+    def stop(self) -> None:
+        pass
+
+
+def test_cells_run_in_parallel(configs: Path, tmp_path: Path):
+    config = load_compare(configs / "compare.yaml", Options(methods="din", seeds="0"))
+    failures = run_cells(plan(config, configs), CompareFolder(tmp_path), config.split, Together(), 2)
+    assert sorted(failures) == [Failure(f"din-L{n}-s0", "training", "exit code 3") for n in (40, 5)]
+
+
+class Ended(Together):
+    """A training in which the scheduler ends the job."""
+
+    def __init__(self) -> None:
+        self.stopped = threading.Event()
+
+    def train(self, config: Path, run: Path, resume: bool, log: Path) -> int:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert self.stopped.wait(60)
+        return 1
+
+    def stop(self) -> None:
+        self.stopped.set()
+
+
+def test_sigterm_stops_the_runs(configs: Path, tmp_path: Path):
+    config = load_compare(configs / "compare.yaml", Options())
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        run_cells(plan(config, configs), CompareFolder(tmp_path), config.split, Ended(), 1)
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert len(list((tmp_path / "cells").glob("*.yaml"))) == 1  # nothing more was begun
 
 
 def test_a_killed_comparison_goes_on_from_its_checkpoint(configs: Path, tmp_path: Path, here: InThisProcess):

@@ -46,7 +46,7 @@ def test_calibration_bins_hold_equally_many():
 
 
 def results_of(*rows: Row) -> Results:
-    return Results([RowResult(row, {}, {}, [], {}) for row in rows], {}, [], {})
+    return Results([RowResult(row, {}, {}, [], {}) for row in rows], {}, [], {}, 0)
 
 
 def test_of_each_method_the_row_that_reads_most():

@@ -42,16 +42,17 @@ def test_stopping_ends_what_runs_and_starts_nothing_more(tmp_path: Path):
 
 
 def test_a_job_of_torchx_tells_how_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """`ranker.evaluate` of what is no run, by a real scheduler of this machine."""
+    """`ranker.train` without a config, by a real scheduler of this machine."""
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     launcher = launcher_of(SchedulerConfig(name="local_cwd", cfg={"log_dir": str(tmp_path / "jobs")}), None)
     assert isinstance(launcher, TorchXJobs)
-    assert launcher.evaluate(tmp_path / "nothing", "test", tmp_path / "log") == 1
-    told = (tmp_path / "log").read_text()
-    assert ": FAILED" in told
-    assert "no run.json; not a run folder" in told
+    assert launcher.train(tmp_path / "none.yaml", tmp_path / "run", False, tmp_path / "log") == 1
+    ended, *said = (tmp_path / "log").read_text().splitlines()
+    assert ended.endswith(": FAILED")
+    assert f"[0]:error: {tmp_path / 'none.yaml'}: cannot read the config: No such file or directory" in said
+    assert all(line.startswith("[0]:") for line in said)  # and nothing of torchrun's own
     launcher.stop()
-    assert launcher.evaluate(tmp_path / "nothing", "test", tmp_path / "later") == 1
+    assert launcher.train(tmp_path / "none.yaml", tmp_path / "run", False, tmp_path / "later") == 1
     assert not (tmp_path / "later").exists()
 
 
