@@ -122,3 +122,17 @@ def test_the_scheduler_and_its_options(configs: Path):
     assert (config.scheduler.name, config.scheduler.cfg, config.parallel) == (
         "slurm", {"partition": "gpu", "time": "60"}, 4,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["synthetic", "ml1m", "ebnerd", "kuairand"])
+def test_our_own_comparisons(name: str):
+    """Alike in batch, widths and budget, all with semantic IDs; DIN reads 50 events where a block reads more."""
+    folder = Path(__file__).parents[3] / "configs" / name
+    config = load_compare(folder / "compare.yaml", Options(seeds="0"))
+    cells = plan(config, folder)
+    assert config.name == name
+    assert {cell.row.method for cell in cells} == set(config.methods)
+    assert all("item.sid_1" in cell.config.features.sequence for cell in cells)
+    shorts = [cell.config.model.short for cell in cells if cell.config.model.long]
+    assert {short.length for short in shorts if short is not None} == {50}
+    assert baseline_of(cells[-1].row, [cell.row for cell in cells], config.baseline) == Row("din", 50)
