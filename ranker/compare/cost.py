@@ -136,7 +136,7 @@ def _block(
     config: TrainConfig, index: int, spec: FeatureSpec, codewords: Codewords, history: History, target: Target,
     codes: Tensor, sizes: Sizes,
 ) -> PartCost:  # fmt: skip
-    whole = config.model.long[index].model_copy(update={"length": 0})
+    whole = config.model.long[index].model_copy(update={"length": history.x.size(0)})
     block = Block(index, whole, spec, config.tables.dim, codewords).eval()
     own_history, probes, own_target = block.inputs(history, target, codes)
     method = cast(Any, block.block)

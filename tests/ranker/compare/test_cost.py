@@ -54,6 +54,13 @@ def test_a_method_without_history_costs_nothing(config_at, dataset: Path):
     assert measure_cost(config_at("blind"), Dataset(dataset), 100, SIZES)[1:] == (0, 0, 0, [])
 
 
+def test_a_method_that_limits_its_length_reads_all_that_is_asked(config_at, dataset: Path):
+    """SASRec refuses to be without a limit; what is kept of 30 events is twice that of 15."""
+    config = config_at("din", "model.long=[{type: sasrec, width: 8, layers: 1, length: 5}]")
+    short, long = (measure_cost(config, Dataset(dataset), length, SIZES).memory_bytes for length in (15, 30))
+    assert 1.8 < long / short <= 2
+
+
 def test_methods_with_codes(config_at, coded: Path):
     """UxSID keeps two rows of its width for each group asked about, whatever the length."""
     blocks = "model.long=[{type: uxsid, width: 4, anchors: 2}, {type: hisac, keep: [2, 2]}]"
