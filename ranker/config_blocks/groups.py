@@ -33,7 +33,7 @@ class VqlConfig(Strict):
         description="in which kernels of time fall to 1/e, seconds; one that does not decay is added",
     )
     codebook_weight: float = Field(default=0.1, ge=0, description="λ of the quantisation loss; 0: off")
-    commitment: float = Field(default=0.25, ge=0, description="μ, the keys' part in it")
+    commitment: float = Field(default=0.0, ge=0, description="μ, the keys' part in it; large ones collapse the keys")
     straight_through: bool = Field(default=True, description="keys learn from the task; false: from their part alone")
 
 

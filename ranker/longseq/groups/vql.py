@@ -17,10 +17,11 @@ Loss: λ(‖sg(k) − c‖² + μ‖k − sg(c)‖²), the mean over a history's
 Chosen here: codes take the gradient of the equations, from the task and from the first term. Keys take that of the
 second term and, with `straight_through`, their code's gradient in their own request, each the share w_i / N_m of it:
 what a quantiser that passes gradients straight through gives in the dense form, but for the values, which count as
-equal within a code; exactly that would need every event again for every candidate. Without it no task reaches the keys,
-and all they learn is to be near codes, alike in the end. Queries and keys are normalised (:mod:`ranker.longseq.heads`),
-and codes start at random on the sphere where the keys are. A code that is nearest to no event has no part and no
-gradient; :meth:`VQL.used` tells how many are used.
+equal within a code. Without it no task reaches the keys. Queries and keys are normalised
+(:mod:`ranker.longseq.heads`), and codes start at random on the sphere where the keys are. μ is 0 unless set: on
+generated logs (300 items, λ = 0.1) μ = 0.25 drew all keys to 5 of 32 codes; with 0 the heads used 18 and 23 of them. A
+code that is nearest to no event has no part and no gradient, and nothing revives it; :meth:`VQL.used` tells how many
+are used.
 """
 
 from typing import NamedTuple
@@ -63,7 +64,7 @@ class VQL(nn.Module):
         heads, head_dim: attention width is their product.
         periods_s: in which each kernel falls to 1/e, seconds; one that does not decay is added: C = their number + 1.
         codebook_weight: λ; 0 turns the loss off, and the keys stay as they start.
-        commitment: μ.
+        commitment: μ; above 0, watch :meth:`used`: keys may collapse.
         straight_through: keys learn from the task.
     """
 
@@ -77,7 +78,7 @@ class VQL(nn.Module):
         head_dim: int = 16,
         periods_s: tuple[float, ...] | list[float] = PERIODS_S,
         codebook_weight: float = 0.1,
-        commitment: float = 0.25,
+        commitment: float = 0.0,
         straight_through: bool = True,
         length: int = 0,
     ) -> None:

@@ -16,7 +16,7 @@ DIM = 5
 Block = SDIM | VQL | CFormer | KMeans | LSH | Patching | Aggregator | PolyEncoder
 SMALL: dict[type[Any], dict[str, Any]] = {
     SDIM: {"hashes": 3, "bits": 2, "age_buckets": 8},
-    VQL: {"codes": 4, "head_dim": 3, "periods_s": [3600.0, 86400.0]},
+    VQL: {"codes": 4, "head_dim": 3, "periods_s": [3600.0, 86400.0], "commitment": 0.25},
     CFormer: {"queries": 3, "width": 4, "head_dim": 3, "age_buckets": 8, "reconstructed": 5},
     KMeans: {"clusters": 4, "head_dim": 3, "age_buckets": 8},
     LSH: {"bits": 2, "head_dim": 3, "age_buckets": 8},

@@ -196,7 +196,7 @@ def test_training_on_the_loss_brings_keys_and_codes_together():
     """To less than half of where they start."""
     torch.manual_seed(0)
     history, _ = inputs_of(shape([400], [(0, 0, 400)], [1]), 8)
-    block = VQL(8, head_dim=4, codebook_weight=1.0).double()
+    block = VQL(8, head_dim=4, codebook_weight=1.0, commitment=0.25).double()
     optimizer = torch.optim.Adam(block.parameters(), lr=0.02)
     losses: list[float] = []
     for _ in range(60):
