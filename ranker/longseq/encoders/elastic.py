@@ -1,4 +1,4 @@
-"""ELASTIC: a few interest experts between all events, and a pool of interests to draw on (Deng et al. 2024/25,
+"""ELASTIC: a few interest experts between all events, and a pool of interests to draw on (Deng et al. 2024,
 arXiv:2408.09380).
 
 1. Linear dispatcher attention, `layers` times: learned experts attend to the events, then the events attend back to

@@ -9,7 +9,7 @@ tokens and of how much time lie between two events (:mod:`ranker.ops.pointwise_a
 
 Positions and times are relative, and nothing depends on the request: requests whose windows begin at the same event,
 those of a row unless `length` cuts it, share one pass, and each reads the outputs up to its own end. The cost is L² a
-pass: `length` bounds it; memory is O(L).
+pass: `length` bounds it; memory is O(L · chunk).
 
 [open] Chosen where paper and public code differ or leave it open: n is the number of tokens seen, not the length of the
 longest sequence (the LayerNorm in (3) takes the scale out again); the time between two events is that between

@@ -7,7 +7,7 @@
    sees no later event and no global token.
 4. `layers` more layers, in which what asked answers too, under the same mask.
 A candidate attends to the outputs: at most `recent` + `global_tokens`, whatever L is, so that `read` is free of L.
-`encode` costs O(L (merge · d² + (recent + global_tokens) d / merge)) a request.
+`encode` costs O(L (d² + (recent + global_tokens) d / merge)) a request.
 
 [open] Chosen here, where the paper differs or leaves it open: the candidate, one of the paper's global tokens, is not
 known in `encode`, and neither is the user's id: all global tokens are learned, and the candidate reads the outputs;
