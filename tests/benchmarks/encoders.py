@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from ranker.longseq import ELASTIC, HSTU, LONGER, History, Probes, SASRec, Target, TargetAttention
+from ranker.longseq import History, Probes, Target, TargetAttention
+from ranker.longseq.encoders import ELASTIC, HSTU, LONGER, SASRec
 from ranker.ops.jagged import offsets_of
 from tests.benchmarks.machine import machine
 from tests.benchmarks.target_attention import resident_mib

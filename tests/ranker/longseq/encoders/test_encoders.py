@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ranker.longseq import ELASTIC, HSTU, LONGER, SASRec
+from ranker.longseq.encoders import ELASTIC, HSTU, LONGER, SASRec
 from ranker.longseq.encoders.tokens import Tokens
 from tests.ranker.histories import (
     EDGES,

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ranker.longseq import HSTU, History
+from ranker.longseq import History
+from ranker.longseq.encoders import HSTU
 from tests.ranker.histories import EDGES, NO_PROBES, Shape, inputs_of, randomise, shape, shapes
 from tests.ranker.longseq.encoders.loops import (
     DIM,

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ranker.longseq import LONGER, History
+from ranker.longseq import History
+from ranker.longseq.encoders import LONGER
 from tests.ranker.histories import EDGES, Shape, inputs_of, randomise, shape, shapes
 from tests.ranker.longseq.encoders.loops import (
     DIM,

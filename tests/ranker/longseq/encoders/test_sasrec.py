@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ranker.longseq import History, SASRec
+from ranker.longseq import History
+from ranker.longseq.encoders import SASRec
 from tests.ranker.histories import EDGES, Shape, inputs_of, randomise, shape, shapes
 from tests.ranker.longseq.encoders.loops import (
     DIM,
