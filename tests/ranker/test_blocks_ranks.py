@@ -41,7 +41,7 @@ WITHOUT = UXSID.replace("}", ", ortho_weight: 0}")
 RUNS = {
     "without auxiliary": f"{WITHOUT}, {HISAC}, {ON_CONTENT}, {HYTREC}",
     "with auxiliary": ALL,
-    "references": f"{BLOCKS['searches']}, {BLOCKS['groups']}, {BLOCKS['encoders']}",
+    **{kind: BLOCKS[kind] for kind in ("searches", "groups", "encoders")},
 }
 
 
@@ -103,9 +103,10 @@ def test_two_ranks_train_with_the_auxiliary_loss_as_one(runs: Path, scalars: Sca
     same_training(runs, "with auxiliary", scalars, read_checkpoint)
 
 
-def test_two_ranks_train_the_references_as_one(runs: Path, scalars: Scalars, read_checkpoint: Read):
-    """All in one model, with their own losses."""
-    same_training(runs, "references", scalars, read_checkpoint)
+@pytest.mark.parametrize("kind", ["searches", "groups", "encoders"])
+def test_two_ranks_train_the_references_as_one(runs: Path, kind: str, scalars: Scalars, read_checkpoint: Read):
+    """With their own losses."""
+    same_training(runs, kind, scalars, read_checkpoint)
 
 
 def test_content_vectors_over_two_ranks_are_the_datasets(runs: Path, coded: Path, read_checkpoint: Read):
