@@ -121,6 +121,6 @@ class CausalSoftmax(nn.Module):
 def sinusoids(position: Tensor, width: int) -> Tensor:
     """Sines, then cosines, of positions `[n]` at geometric frequencies from 1 to 1/10,000: `[n, width]`, float64."""
     half = (width + 1) // 2
-    rate = torch.exp(torch.arange(half, device=position.device) * (-math.log(10_000.0) / max(half - 1, 1)))
-    angle = position.double().unsqueeze(1) * rate.double()
+    order = torch.arange(half, dtype=torch.float64, device=position.device)
+    angle = position.double().unsqueeze(1) * torch.exp(order * (-math.log(10_000.0) / max(half - 1, 1)))
     return torch.cat([torch.sin(angle), torch.cos(angle)], 1)[:, :width]

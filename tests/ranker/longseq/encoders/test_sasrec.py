@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ranker.longseq import History
 from ranker.longseq.encoders import SASRec
+from ranker.longseq.encoders.sasrec import sinusoids
 from tests.ranker.histories import EDGES, Shape, inputs_of, randomise, shape, shapes
 from tests.ranker.longseq.encoders.loops import (
     DIM,
@@ -82,6 +83,11 @@ def test_equals_the_loop_over_many_lengths():
     """Groups of similar lengths, and a cap."""
     batch = shape([45, 5, 38, 21], [(0, 0, 45), (1, 0, 5), (2, 0, 38), (0, 0, 41), (3, 0, 21)], [1] * 5)
     check(block_of(length=40, layers=1), encoded, batch)
+
+
+def test_sinusoids_far_back_are_in_full_precision():
+    """Rates in float32 would be off by 6e-8, and angles at 10,000 by that many times as much."""
+    torch.testing.assert_close(sinusoids(torch.tensor([0, 10_000]), WIDTH)[1], sinusoid(10_000), rtol=0, atol=1e-11)
 
 
 def test_a_later_event_changes_no_earlier_output():
