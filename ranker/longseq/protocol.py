@@ -88,17 +88,31 @@ def latest(history: History, length: int) -> History:
 
 
 def compact(history: History) -> History:
-    """The same windows over a copy of their own events alone, request after request.
+    """The same windows over a copy of their own events alone, request after request."""
+    event, _ = expand_windows(history.start, history.end)
+    offsets = offsets_of(history.end - history.start)
+    return _selected(history, event, offsets[:-1], offsets[1:])
+
+
+def covered(history: History) -> History:
+    """The same windows over a copy of the events that any of them has.
 
     Worth it for windows much shorter than their rows: what is done to every event of `x` is not done to the rest.
     """
-    event, _ = expand_windows(history.start, history.end)
-    offsets = offsets_of(history.end - history.start)
+    edges = torch.zeros([history.time.numel() + 1], dtype=torch.int64, device=history.time.device)
+    one = torch.ones_like(history.start)
+    edges = edges.index_add(0, history.start, one).index_add(0, history.end, -one)
+    event = (torch.cumsum(edges, 0)[:-1] > 0).nonzero().squeeze(1)
+    start = torch.searchsorted(event, history.start)
+    return _selected(history, event, start, start + history.end - history.start)
+
+
+def _selected(history: History, event: Tensor, start: Tensor, end: Tensor) -> History:
     return History(
         history.x.index_select(0, event),
         history.time.index_select(0, event),
-        offsets[:-1],
-        offsets[1:],
+        start,
+        end,
         history.now,
         history.code.index_select(0, event),
         history.content.index_select(0, event),

@@ -4,7 +4,7 @@ Two forms with one signature: :func:`naive_window_attention` is the definition, 
 :func:`window_attention` cuts every window into chunks of events and every candidate list into tiles, attends tile by
 chunk in one batched product a head, and merges a tile's chunks by the rule of online softmax (Milakov & Gimelshein
 2018; split keys as in FlashDecoding). Only the last chunk of a window is padded, so that time and memory follow Σ L and
-not R × max L. A pair of a tile and a chunk is a *unit* of work.
+not R × max L. A pair of a tile and a chunk is a *unit* of work; requests with nearly the same window share tiles.
 """
 
 import math
@@ -12,8 +12,8 @@ import math
 import torch
 from torch import Tensor
 
-from ranker.ops.jagged import offsets_of
-from ranker.ops.units import merge, sizes_of, units_of
+from ranker.ops.jagged import offsets_of, segments_of
+from ranker.ops.units import in_units, merge, shared_windows, sizes_of, units_of
 
 
 def naive_window_attention(
@@ -72,20 +72,39 @@ def window_attention(
         `[N, h, dv]`; zero for candidates of an empty window.
     """
     heads, d = q.size(1), q.size(2)
-    width, mean_chunk = sizes_of(q_offsets, start, end)
+    shared = shared_windows(q_offsets, start, end)
+    width, mean_chunk = sizes_of(shared.q_offsets, shared.start, shared.end)
     chunk = chunk if chunk > 0 else mean_chunk
-    plan = units_of(q_offsets, start, end, width, chunk)
-    tiles, units, request = plan.row.size(0), plan.tile.numel(), plan.request
-    offset = torch.zeros([units, chunk, 1], dtype=q.dtype, device=q.device)
-    offset = offset.masked_fill(~plan.real_key.unsqueeze(2), float("-inf"))
-    if bias is not None:
-        pair = offsets_of(end - start)[:-1][request].unsqueeze(1) + plan.within
-        offset = offset + bias.index_select(0, pair.flatten()).view(units, chunk, heads)
-    event = (start[request].unsqueeze(1) + plan.within).flatten()
-    hidden: Tensor | None = None  # [units, chunk, width]
+    plan = units_of(shared.q_offsets, shared.start, shared.end, width, chunk)
+    tiles, units = plan.row.size(0), plan.tile.numel()
+    event = (shared.start[plan.request].unsqueeze(1) + plan.within).flatten()
+    low, high = shared.low, shared.high
+    joined = low.numel() > 0
     if seen is not None:
-        seen_by = seen.index_select(0, plan.row.flatten()).view(tiles, width).index_select(0, plan.tile)
-        hidden = plan.within.unsqueeze(2) >= seen_by.unsqueeze(1)
+        low = low if joined else torch.zeros_like(seen)
+        high = low + seen
+    hidden: Tensor | None = None  # [units, chunk, width]
+    if high.numel() > 0:
+        within = plan.within.unsqueeze(2)
+        hidden = (within < in_units(low, plan)) | (within >= in_units(high, plan)) | ~plan.real_key.unsqueeze(2)
+    offset: Tensor | None = None  # [units, chunk, 1 or width, 1 or heads]
+    if bias is not None:
+        # a pair's place: its request's first, and how far the event is in the request's window
+        first_pair = offsets_of(end - start)[:-1]
+        if joined:
+            first_pair = first_pair.index_select(0, segments_of(q_offsets)) - shared.low
+            pair = in_units(first_pair, plan) + plan.within.unsqueeze(2)
+            if hidden is not None:
+                pair = pair.masked_fill(hidden, 0)
+        else:
+            pair = (first_pair[plan.request].unsqueeze(1) + plan.within).unsqueeze(2)
+        offset = bias.index_select(0, pair.flatten()).view(units, chunk, pair.size(2), heads)
+    if hidden is None:
+        padding = torch.zeros([units, chunk, 1, 1], dtype=q.dtype, device=q.device)
+        padding = padding.masked_fill_(~plan.real_key.view(units, chunk, 1, 1), float("-inf"))
+        offset = padding if offset is None else offset + padding
+    if offset is not None:
+        offset = offset.expand(units, chunk, offset.size(2), heads)
 
     q_tile = q.index_select(0, plan.row.flatten()).view(tiles, width, heads, d)
     q_tile = (q_tile / math.sqrt(d)).permute(0, 2, 3, 1).flatten(1)  # [tiles, h · d · width]
@@ -94,11 +113,12 @@ def window_attention(
     v_of = k_of
     if v is not k:  # keys that are values are gathered once
         v_of = v.flatten(1).index_select(0, event).view(units, chunk, heads, v.size(2)).unbind(2)
-    offset_of = offset.expand(units, chunk, heads).unbind(2)
     out: list[Tensor] = []
     for head in range(heads):
         # in place where autograd allows: the cost is memory traffic. [units, chunk, width]
-        logits = torch.bmm(k_of[head], q_of[head]).add_(offset_of[head].unsqueeze(2))
+        logits = torch.bmm(k_of[head], q_of[head])
+        if offset is not None:
+            logits = logits.add_(offset.select(3, head))
         if hidden is not None:
             logits = logits.masked_fill_(hidden, float("-inf"))
         top = logits.detach().amax(1).clamp(min=-1e30)  # finite, that a unit hidden as a whole weighs 0

@@ -2,6 +2,9 @@
 
 Only the last chunk of a window is padded, so that time and memory follow Σ L and not R × max L. A tile's units are
 merged by the rule of online softmax (Milakov & Gimelshein 2018; split keys as in FlashDecoding).
+
+Requests of one user that follow each other have nearly the same window: :func:`shared_windows` takes them together, so
+that a chunk of events is gathered once for the candidates of all of them.
 """
 
 from typing import NamedTuple
@@ -9,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ranker.ops.jagged import expand_windows, segment_sum
+from ranker.ops.jagged import expand_windows, segment_sum, segments_of
 
 
 class Units(NamedTuple):
@@ -25,6 +28,51 @@ class Units(NamedTuple):
     request: Tensor
     within: Tensor
     real_key: Tensor
+
+
+class SharedWindows(NamedTuple):
+    """Requests in G groups of neighbours, the queries of each with one window that covers those of its requests.
+
+    q_offsets: `[G + 1]`; start, end: `[G]`.
+    low, high: `[N]` each query's own window, counted from its group's start; empty where every group is one request.
+    """
+
+    q_offsets: Tensor
+    start: Tensor
+    end: Tensor
+    low: Tensor
+    high: Tensor
+
+
+def shared_windows(q_offsets: Tensor, start: Tensor, end: Tensor, most_queries: int = 8) -> SharedWindows:
+    """Group requests whose windows differ from their neighbour's by a sixteenth at most, and from the group's first by
+    about a half, so that little is covered that a request has not. Not where requests have more than `most_queries` on
+    the mean: what is gathered is little there beside what is computed."""
+    requests, none = start.numel(), start[:0]
+    queries = int(q_offsets[-1]) if requests > 1 else 0
+    if queries == 0 or queries > most_queries * requests:
+        return SharedWindows(q_offsets, start, end, none, none)
+    length = end - start
+    moved = (start[1:] - start[:-1]).abs() + (end[1:] - end[:-1]).abs()
+    first = torch.ones_like(length, dtype=torch.bool)
+    first[1:] = 16 * moved > torch.minimum(length[1:], length[:-1])
+    way = torch.nn.functional.pad(torch.cumsum(moved, 0), [1, 0])
+    began = torch.cumsum(first, 0) - 1
+    origin = first.nonzero().squeeze(1).index_select(0, began)
+    part = torch.div(2 * (way - way.index_select(0, origin)), length[origin].clamp(min=1), rounding_mode="floor")
+    first[1:] = first[1:] | (part[1:] != part[:-1])
+    begin = first.nonzero().squeeze(1)
+    groups = begin.numel()
+    if groups == requests:
+        return SharedWindows(q_offsets, start, end, none, none)
+    group = torch.cumsum(first, 0) - 1
+    covered_start = start.index_select(0, begin).scatter_reduce(0, group, start, "amin")
+    covered_end = end.index_select(0, begin).scatter_reduce(0, group, end, "amax")
+    request = segments_of(q_offsets)
+    low = (start - covered_start.index_select(0, group)).index_select(0, request)
+    high = low + length.index_select(0, request)
+    offsets = torch.cat([q_offsets.index_select(0, begin), q_offsets[-1:]])
+    return SharedWindows(offsets, covered_start, covered_end, low, high)
 
 
 def sizes_of(q_offsets: Tensor, start: Tensor, end: Tensor) -> tuple[int, int]:
@@ -51,6 +99,11 @@ def units_of(q_offsets: Tensor, start: Tensor, end: Tensor, width: int, chunk: i
     return Units(
         torch.minimum(row, last_row), row <= last_row, tile, request, torch.minimum(within, last), within <= last
     )
+
+
+def in_units(x: Tensor, plan: Units) -> Tensor:
+    """What each query has `[N]`, for the queries of every unit: `[units, 1, width]`."""
+    return x.index_select(0, plan.row.flatten()).view(plan.row.shape).index_select(0, plan.tile).unsqueeze(1)
 
 
 def rescale(top: Tensor, unit_tile: Tensor, tiles: int) -> tuple[Tensor, Tensor]:

@@ -59,6 +59,11 @@ def shapes(draw: st.DrawFn, longest: int = 40, most_candidates: int = 6) -> Shap
     rows = draw(st.lists(st.integers(0, longest), min_size=1, max_size=5))
     requests: list[tuple[int, int, int]] = []
     for _ in range(draw(st.integers(0, 6))):
+        if requests and draw(st.booleans()):  # of the user before, an event or two later
+            row, start, end = requests[-1]
+            end = min(end + draw(st.integers(0, 2)), rows[row])
+            requests.append((row, min(start + draw(st.integers(0, 1)), end), end))
+            continue
         row = draw(st.integers(0, len(rows) - 1))
         end = draw(st.integers(0, rows[row]))
         requests.append((row, draw(st.sampled_from([0, end, end // 2])), end))
@@ -75,6 +80,11 @@ EDGES = {
     "empty beside full": shape([0, 9, 0], [(0, 0, 0), (1, 0, 9), (2, 0, 0)], [3, 2, 1]),
     "one event": shape([1], [(0, 0, 1)], [2]),
     "overlapping windows of one row": shape([12], [(0, 0, 12), (0, 3, 9), (0, 8, 12), (0, 0, 0)], [2, 3, 0, 1]),
+    "windows that drift along a row": shape(
+        [300, 60],
+        [(0, 0, 270), (0, 0, 285), (0, 3, 290), (0, 10, 299), (0, 20, 300), (1, 0, 60), (1, 0, 60), (1, 1, 60)],
+        [1, 1, 2, 0, 1, 3, 1, 1],
+    ),
     "longer than a chunk and than any cap": shape([300, 7], [(0, 0, 300), (1, 0, 7), (0, 0, 290)], [2, 1, 1]),
     "skewed candidates": shape([20, 20, 20], [(0, 0, 20), (1, 0, 20), (2, 0, 20)], [1, 150, 0]),
 }
