@@ -26,20 +26,18 @@ def found_attention(q: Tensor, kv: Tensor, event: Tensor, bias: Tensor | None = 
         `[N, h, dv]`; zero where none was found.
     """
     heads = q.size(1)
-    if event.size(1) == heads:
-        head = torch.arange(heads, device=q.device).unsqueeze(1)
-        rows = take_found(kv.flatten(0, 1), torch.where(event >= 0, event * heads + head, event)).transpose(1, 2)
-    else:
-        rows = take_found(kv, event[:, 0])
-    return attend(q, rows, event >= 0, bias)
+    head = torch.arange(heads, device=q.device).unsqueeze(1)
+    row = torch.where(event >= 0, event * heads + head, event)  # [N, h, K]: rows of a head lie together
+    return attend(q, take_found(kv.flatten(0, 1), row), event >= 0, bias)
 
 
 def attend(q: Tensor, kv: Tensor, seen: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The same of gathered keys and values `[N, K, h, d + dv]`, where `seen` `[N, h or 1, K]` bool."""
+    """The same of gathered keys and values `[N, h, K, d + dv]`, where `seen` `[N, h or 1, K]` bool."""
     d = q.size(2)
-    logits = torch.einsum("nkhd,nhd->nhk", kv[..., :d], q) / math.sqrt(d)
+    k, v = torch.split(kv, [d, kv.size(3) - d], 3)
+    logits = torch.matmul(k, (q / math.sqrt(d)).unsqueeze(3)).squeeze(3)
     if bias is not None:
         logits = logits + bias
     # a finite least logit, and weights set to zero: softmax over nothing would have no gradient but NaN
     weight = torch.softmax(logits.masked_fill(~seen, -1e30), 2).masked_fill(~seen, 0.0)
-    return torch.einsum("nhk,nkhe->nhe", weight, kv[..., d:])
+    return torch.matmul(weight.unsqueeze(2), v).squeeze(2)

@@ -5,10 +5,11 @@
     python -m tests.benchmarks.public_models configs/ebnerd --dataset datasets/ebnerd --length 1000 --public public
 
 A step is forward, backward, clipping and update, on batches that are ready in memory. Ours is that of `ranker train`
-with the folder's din.yaml, the block at its defaults and, as theirs have it, attention to the latest 50 events beside it
-(DIN alone: of all `length` events); theirs the model's `train_step` at the same embedding, attention and tower widths. Their samples are our batches' candidates, each with its history's latest events
-padded to the longest of its batch; samples are pooled over all batches and sorted by length first, which spares them
-most of the padding. The ways alternate; the medians of the rounds are shown.
+with the folder's din.yaml, the block at its defaults and, as theirs have it, attention to the latest 50 events beside
+it (DIN alone: of all `length` events); theirs the model's `train_step` at the same embedding, attention and tower
+widths. Their samples are our batches' candidates, each with its history's latest events padded to the longest of its
+batch; samples are pooled over all batches and sorted by length first, which spares them most of the padding. The ways
+alternate; the medians of the rounds are shown.
 """
 
 from __future__ import annotations
@@ -151,7 +152,7 @@ def compare(given: argparse.Namespace, method: str, ranks: Ranks) -> None:
     spec = resolve(config.features, dataset.manifest)
     dense = (*spec.request_dense, *spec.candidate_dense, *spec.event_dense)
     trainer = Trainer(config, dataset, dense_moments(dataset, dense, tuple(config.training.splits)), ranks)
-    trainer.total, trainer.window = sys.maxsize, trainer._new_window()
+    trainer.total, trainer.window = sys.maxsize, trainer._new_window()  # pyright: ignore[reportPrivateUsage]
     ours = [batch for batch, _ in zip(trainer.loader.batches(0, 0), range(given.batches), strict=False)]
     samples = sorted((s for batch in ours for s in samples_of(batch, spec, given.length)), key=lambda s: s[0])
     size = -(-len(samples) // given.batches)

@@ -140,7 +140,7 @@ class MIRRN(nn.Module):
         own = _mean(self.of_target(self._sequence(memory.x, event, memory.time, end, now)), event).unsqueeze(1)
         kv = torch.cat([self._keys_values(own), memory.kv.index_select(0, request)], 1)
         seen = (event[:, -1:] >= 0).unsqueeze(1).expand(-1, -1, 3)  # a window has events for all three or for none
-        return attend(self.project.queries(target.x), kv, seen).flatten(1)
+        return attend(self.project.queries(target.x), kv.transpose(1, 2), seen).flatten(1)
 
     def auxiliary(self, history: History, memory: MirrnMemory) -> Tensor:
         """None of its own."""
