@@ -35,7 +35,7 @@ from ranker.predict import predict, refuse_not_finite, scoring_loader, selection
 from ranker.ranks import Ranks, join_ranks
 from ranker.run import Run, codewords_of, refuse_existing, training_alone, write_json
 from ranker.sharding import describe_plan, optimizer_of, shard
-from ranker.towers import click_losses, esmm_loss
+from ranker.towers import click_losses, esmm_loss, ranking_loss
 from ranker.training_cost import TrainingCost, table_parameters
 
 
@@ -88,6 +88,8 @@ class Trainer:
         self.optimizer, self.adam = optimizer_of(self.model, config.optimizer)
         self.dense_parameters: list[nn.Parameter] = [p for group in self.adam.param_groups for p in group["params"]]
         self.cost = TrainingCost(sum(p.numel() for p in self.dense_parameters), tables)
+        self.window = self._new_window()
+        self.total = sys.maxsize
         self.writer: SummaryWriter | None = None
         if ranks.first:
             for table, sharding, kernel, where in describe_plan(plan):
@@ -145,7 +147,7 @@ class Trainer:
         with Progress("train", self.total, self.ranks.first, self.position.step) as progress:
             while self.position.step < self.total and not self._patience_spent():
                 for batch in self.loader.batches(self.position.epoch, self.position.step_in_epoch):
-                    self._step(batch.to(self.ranks.device), progress)
+                    self.step(batch.to(self.ranks.device), progress)
                     self.position.step_in_epoch += 1
                     epoch_done = self.position.step_in_epoch == epoch_steps
                     if epoch_done:
@@ -175,7 +177,8 @@ class Trainer:
         patience = self.config.training.patience
         return patience is not None and self.position.stale_validations >= patience
 
-    def _step(self, batch: RequestBatch, progress: Progress) -> None:
+    def step(self, batch: RequestBatch, progress: Progress) -> None:
+        """Train on one batch."""
         self.model.train()
         # what dropout masks is a function of seed, step and rank alone, so that a resumed run masks the same
         torch.manual_seed(_mixed(self.config.seed, self.position.step, self.ranks.rank))
@@ -194,6 +197,11 @@ class Trainer:
         auxiliary = scores.auxiliary * (read * self.ranks.world / max(self.ranks.total(read), 1.0))
         of_blocks = click_losses(scores.click_logits, batch.labels)
         auxiliary = auxiliary + (of_blocks * of_blocks.new_tensor(self.config.search_weights)).sum() * share
+        if self.config.tasks.ranking_weight > 0:
+            group = batch.user if self.config.tasks.ranking_within == "user" else torch.arange(batch.requests)
+            group = group.to(losses.device).repeat_interleave(batch.offsets[1:] - batch.offsets[:-1])
+            ranking = ranking_loss(scores.logits[:, 0], batch.labels[:, 0], group)
+            auxiliary = auxiliary + self.config.tasks.ranking_weight * ranking * share
         loss = loss + auxiliary
         self.optimizer.zero_grad()
         loss.backward()

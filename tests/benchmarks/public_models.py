@@ -152,14 +152,13 @@ def compare(given: argparse.Namespace, method: str, ranks: Ranks) -> None:
     spec = resolve(config.features, dataset.manifest)
     dense = (*spec.request_dense, *spec.candidate_dense, *spec.event_dense)
     trainer = Trainer(config, dataset, dense_moments(dataset, dense, tuple(config.training.splits)), ranks)
-    trainer.total, trainer.window = sys.maxsize, trainer._new_window()  # pyright: ignore[reportPrivateUsage]
     ours = [batch for batch, _ in zip(trainer.loader.batches(0, 0), range(given.batches), strict=False)]
     samples = sorted((s for batch in ours for s in samples_of(batch, spec, given.length)), key=lambda s: s[0])
     size = -(-len(samples) // given.batches)
     theirs = [padded(samples[a : a + size], spec) for a in range(0, len(samples), size)]
     quiet: Any = Quiet()
     ways: dict[str, tuple[Callable[[Any], None], list[Any]]] = {
-        "ours": (lambda batch: trainer._step(batch, quiet), ours),
+        "ours": (lambda batch: trainer.step(batch, quiet), ours),
         "public": (public_step(public, spec, config, given.length), theirs),
     }
     torch.set_num_threads(given.threads)

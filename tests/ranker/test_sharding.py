@@ -87,7 +87,7 @@ def test_the_first_step_is_that_of_the_equations(
         literal: Ranker = unsharded(trainer.model, spec, run).train()  # type: ignore[arg-type]
         batch = next(trainer.loader.batches())
         trainer.total, trainer.window = 0, trainer._new_window()
-        trainer._step(batch, Progress("train", 1, shown=False))
+        trainer.step(batch, Progress("train", 1, shown=False))
         after = unsharded(trainer.model, spec, run).state_dict()  # type: ignore[arg-type]
 
     losses = esmm_loss(literal(batch).logits, batch.labels) / batch.candidates
