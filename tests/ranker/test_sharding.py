@@ -86,7 +86,6 @@ def test_the_first_step_is_that_of_the_equations(
         trainer = Trainer(config, Dataset(dataset), {}, ranks)
         literal: Ranker = unsharded(trainer.model, spec, run).train()  # type: ignore[arg-type]
         batch = next(trainer.loader.batches())
-        trainer.total, trainer.window = 0, trainer._new_window()
         trainer.step(batch, Progress("train", 1, shown=False))
         after = unsharded(trainer.model, spec, run).state_dict()  # type: ignore[arg-type]
 
