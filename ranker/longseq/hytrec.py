@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ranker.longseq.hytrec_layers import LocalSoftmax, ShortSoftmax, Tadn, Tokens, unit
-from ranker.longseq.protocol import History, Probes, Target, compact, latest
+from ranker.longseq.protocol import History, Probes, Target, compact, latest, shared_passes
 from ranker.ops.delta_rule import read_state
 from ranker.ops.jagged import offsets_of, segments_of
 from ranker.ops.next_item import in_batch_softmax
@@ -158,14 +158,14 @@ class HyTRec(nn.Module):
         self.key_value = nn.Linear(width, 2 * width, bias=False)
         # of the candidate: a query for each linear layer's state, and one for the short branch
         self.query = nn.Linear(dim, (self.linear_layers + 1) * width, bias=False)
-        self._start()
+        self._start_alike()
         self.out = nn.Linear((self.linear_layers + 1) * width, width)
         self.pooled_out = nn.Linear(width, width, bias=False)  # W_out [reads; pooled], the latter once per request
         predicts = next_item_weight > 0
         self.predict = nn.Linear(width, width) if predicts else None
         self.follow = nn.Linear(dim, width) if predicts else None
 
-    def _start(self) -> None:
+    def _start_alike(self) -> None:
         """Queries ask for the keys that an event like the candidate would have, were there no layer between; events
         have no bias, which beside small embeddings would make all of them alike to the first LayerNorm."""
         nn.init.orthogonal_(self.event.weight)
@@ -238,7 +238,7 @@ class HyTRec(nn.Module):
         """What the linear layers do along time, request after request: for pictures."""
         history = latest(history, self.length)
         split = torch.maximum(history.start, history.end - self.short_length)
-        x, tokens = self._started(_pass_each(history, split))
+        x, tokens = self._first_tokens(_pass_each(history, split))
         layers: list[LayerGates] = []
         for layer in self.layers:
             if isinstance(layer, Tadn):
@@ -248,7 +248,7 @@ class HyTRec(nn.Module):
         decay = tokens.tau if self.decay_by_age else tokens.log_decay.exp()
         return HistoryGates(decay[:, 0], layers)
 
-    def _started(self, passes: Passes) -> tuple[Tensor, Tokens]:
+    def _first_tokens(self, passes: Passes) -> tuple[Tensor, Tokens]:
         """The long branch before its first layer."""
         offsets = offsets_of(passes.long.end - passes.long.start)
         x = self.event(passes.long.x)
@@ -257,7 +257,7 @@ class HyTRec(nn.Module):
     def _long(self, history: History, split: Tensor) -> LongOutputs:
         """The long branch, and what each request takes from it."""
         passes = _pass_each(history, split) if self.decay_by_age else _pass_a_row(history, split)
-        x, tokens = self._started(passes)
+        x, tokens = self._first_tokens(passes)
         states: list[Tensor] = []
         for layer in self.layers:
             x, state = layer(x, tokens)
@@ -305,11 +305,10 @@ def _pass_each(history: History, split: Tensor) -> Passes:
 
 def _pass_a_row(history: History, split: Tensor) -> Passes:
     """One pass for all requests whose windows begin at the same event, up to the last of their splits."""
-    start, row = torch.unique(history.start, return_inverse=True)
-    if start.numel() == split.numel():
+    passes, row = shared_passes(_between(history, history.start, split))
+    if passes.start.numel() == split.numel():
         return _pass_each(history, split)
-    end = start.scatter_reduce(0, row, split, "amax")
-    long = compact(_between(history, start, end))
+    long = compact(passes)
     first = long.start[row]
     seen = split - history.start
     return Passes(long, first, first + seen, (first + seen - 1)[seen > 0])

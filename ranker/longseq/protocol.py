@@ -107,6 +107,15 @@ def covered(history: History) -> History:
     return _selected(history, event, start, start + history.end - history.start)
 
 
+def shared_passes(history: History) -> tuple[History, Tensor]:
+    """One window for all requests whose windows begin at the same event, up to the last of their ends, and which of
+    them each request has `[R]`: for encoders whose tokens depend on earlier ones alone, and not on the request."""
+    start, row = torch.unique(history.start, return_inverse=True)
+    end = start.scatter_reduce(0, row, history.end, "amax")
+    now = torch.zeros_like(start).scatter_reduce(0, row, history.now, "amax")
+    return History(history.x, history.time, start, end, now, history.code, history.content), row
+
+
 def _selected(history: History, event: Tensor, start: Tensor, end: Tensor) -> History:
     return History(
         history.x.index_select(0, event),

@@ -20,16 +20,17 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ranker.longseq.encoders.outputs import OutputMemory, Outputs, at_least_one, heads_of, start_as_identity
+from ranker.longseq.encoders.encoder import Encoder
+from ranker.longseq.encoders.outputs import Outputs, at_least_one, heads_of, start_as_identity
 from ranker.longseq.encoders.tokens import Tokens
 from ranker.longseq.hytrec_layers import FeedForward
-from ranker.longseq.protocol import History, Probes, Target, latest
+from ranker.longseq.protocol import History, latest
 from ranker.ops.attention import window_attention
 from ranker.ops.query_tiles import in_tiles, out_of_tiles, tiles_of
 from ranker.ops.short_attention import short_attention
 
 
-class ELASTIC(nn.Module):
+class ELASTIC(Encoder):
     """Linear dispatcher attention over the latest `length` events (0: all).
 
     Args:
@@ -56,34 +57,14 @@ class ELASTIC(nn.Module):
         length: int = 0,
         age_buckets: int = 32,
     ) -> None:
-        super().__init__()
         at_least_one(experts=experts, layers=layers, feed_forward=feed_forward)
         if pool > 0 and not 1 <= retrieve <= pool:
             raise ValueError(f"retrieve: {retrieve}; must be at least 1 and at most pool ({pool})")
-        self.out_dim = width
-        self.length, self.expert_count = length, experts
-        self.outputs = Outputs(width, heads, short=True)
-        self.tokens = Tokens(dim, width, age_buckets)
+        super().__init__(Tokens(dim, width, age_buckets), Outputs(width, heads, short=True), length)
+        self.expert_count = experts
         self.experts = nn.Parameter(0.1 * torch.randn(experts, width))  # beside what they gather, small
         self.layers = nn.ModuleList(Dispatcher(width, heads, feed_forward, first=i == 0) for i in range(layers))
         self.retrieve = Retrieve(width, pool, retrieve) if pool > 0 else None
-
-    def encode(self, history: History, probes: Probes) -> OutputMemory:
-        """One pass a request, O(Σ L · experts)."""
-        x, start, end = self.encoded(history)
-        return self.outputs.keep(x, start, end)
-
-    def read(self, memory: OutputMemory, target: Target) -> Tensor:
-        """`[N, width]`, zero where there are no events."""
-        return self.outputs(self.tokens(target.x), target.offsets, memory)
-
-    def auxiliary(self, history: History, memory: OutputMemory) -> Tensor:
-        """None of its own."""
-        return history.x.new_zeros([])
-
-    def forward(self, history: History, probes: Probes, target: Target) -> Tensor:
-        """`encode` and `read` in one: `[N, out_dim]`."""
-        return self.read(self.encode(history, probes), target)
 
     def memory_bytes(self, number_bytes: int = 4) -> int:
         """What a store keeps of a request: no L in it."""

@@ -22,13 +22,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ranker.longseq.encoders.outputs import OutputMemory, Outputs, at_least_one, start_as_identity
-from ranker.longseq.encoders.tokens import Tokens, shared_passes
-from ranker.longseq.protocol import History, Probes, Target, latest
+from ranker.longseq.encoders.encoder import Encoder
+from ranker.longseq.encoders.outputs import Outputs, at_least_one, start_as_identity
+from ranker.longseq.encoders.tokens import Tokens
+from ranker.longseq.protocol import History, latest, shared_passes
 from ranker.ops.pointwise_attention import pointwise_attention
 
 
-class HSTU(nn.Module):
+class HSTU(Encoder):
     """Transduction units over the latest `length` events (0: all, at a cost of Σ L²).
 
     Args:
@@ -53,33 +54,13 @@ class HSTU(nn.Module):
         length: int = 1000,
         chunk: int = 128,
     ) -> None:
-        super().__init__()
         at_least_one(layers=layers, positions=positions, time_buckets=time_buckets, chunk=chunk)
         if read not in ("attention", "last"):
             raise ValueError(f"read: {read!r}; must be 'attention' or 'last'")
-        self.out_dim, self.length = width, length
-        self.tokens = Tokens(dim, width)
-        self.outputs = Outputs(width, heads, last=read == "last")
+        super().__init__(Tokens(dim, width), Outputs(width, heads, last=read == "last"), length)
         self.layers = nn.ModuleList(
             TransductionUnit(width, heads, positions, time_buckets, chunk) for _ in range(layers)
         )
-
-    def encode(self, history: History, probes: Probes) -> OutputMemory:
-        """One pass for the requests that begin at one event."""
-        x, start, end = self.encoded(history)
-        return self.outputs.keep(x, start, end)
-
-    def read(self, memory: OutputMemory, target: Target) -> Tensor:
-        """`[N, width]`, zero where there are no events."""
-        return self.outputs(self.tokens(target.x), target.offsets, memory)
-
-    def auxiliary(self, history: History, memory: OutputMemory) -> Tensor:
-        """None of its own."""
-        return history.x.new_zeros([])
-
-    def forward(self, history: History, probes: Probes, target: Target) -> Tensor:
-        """`encode` and `read` in one: `[N, out_dim]`."""
-        return self.read(self.encode(history, probes), target)
 
     def memory_bytes(self, events: int, number_bytes: int = 4) -> int:
         """What a store keeps of a request with so many events."""

@@ -23,10 +23,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ranker.longseq.encoders.outputs import OutputMemory, Outputs, at_least_one, heads_of, start_as_identity
+from ranker.longseq.encoders.encoder import Encoder
+from ranker.longseq.encoders.outputs import Outputs, at_least_one, heads_of, start_as_identity
 from ranker.longseq.encoders.tokens import Tokens
 from ranker.longseq.hytrec_layers import FeedForward, ShortSoftmax
-from ranker.longseq.protocol import History, Probes, Target, latest
+from ranker.longseq.protocol import History, latest
 from ranker.ops.attention import window_attention
 from ranker.ops.jagged import expand_windows, log_bucket, offsets_of
 
@@ -45,7 +46,7 @@ class Sight(NamedTuple):
     seen: Tensor
 
 
-class LONGER(nn.Module):
+class LONGER(Encoder):
     """Cross-causal attention over the latest `length` events (0: all).
 
     Args:
@@ -74,33 +75,13 @@ class LONGER(nn.Module):
         length: int = 0,
         age_buckets: int = 32,
     ) -> None:
-        super().__init__()
         at_least_one(merge=merge, recent=recent, global_tokens=global_tokens, layers=layers, feed_forward=feed_forward)
-        self.out_dim = width
-        self.length, self.recent, self.global_count = length, recent, global_tokens
-        self.outputs = Outputs(width, heads, short=True)
-        self.tokens = Tokens(dim, width, age_buckets)
+        super().__init__(Tokens(dim, width, age_buckets), Outputs(width, heads, short=True), length)
+        self.recent, self.global_count = recent, global_tokens
         self.merge = TokenMerge(width, merge, ShortSoftmax(width, heads, feed_forward) if inner else None)
         self.position = nn.Parameter(torch.zeros(32, width))
         self.globals = nn.Parameter(torch.randn(global_tokens, width))
         self.layers = nn.ModuleList(SightedAttention(width, heads, feed_forward) for _ in range(1 + layers))
-
-    def encode(self, history: History, probes: Probes) -> OutputMemory:
-        """One pass a request, O(Σ L)."""
-        x, start, end = self.encoded(history)
-        return self.outputs.keep(x, start, end)
-
-    def read(self, memory: OutputMemory, target: Target) -> Tensor:
-        """`[N, width]`, zero where there are no events."""
-        return self.outputs(self.tokens(target.x), target.offsets, memory)
-
-    def auxiliary(self, history: History, memory: OutputMemory) -> Tensor:
-        """None of its own."""
-        return history.x.new_zeros([])
-
-    def forward(self, history: History, probes: Probes, target: Target) -> Tensor:
-        """`encode` and `read` in one: `[N, out_dim]`."""
-        return self.read(self.encode(history, probes), target)
 
     def memory_bytes(self, number_bytes: int = 4) -> int:
         """What a store keeps of a request at most: no L in it."""

@@ -19,15 +19,16 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ranker.longseq.encoders.outputs import OutputMemory, Outputs, at_least_one, heads_of, start_as_identity
+from ranker.longseq.encoders.encoder import Encoder
+from ranker.longseq.encoders.outputs import Outputs, at_least_one, heads_of, start_as_identity
 from ranker.longseq.encoders.tokens import Tokens
 from ranker.longseq.hytrec_layers import FeedForward
-from ranker.longseq.protocol import History, Probes, Target, latest
+from ranker.longseq.protocol import History, latest
 from ranker.ops.jagged import segments_of
 from ranker.ops.local_attention import local_attention
 
 
-class SASRec(nn.Module):
+class SASRec(Encoder):
     """Causal softmax self-attention over the latest `length` events.
 
     Args:
@@ -51,7 +52,6 @@ class SASRec(nn.Module):
         feed_forward: int = 1,
         length: int = 1000,
     ) -> None:
-        super().__init__()
         at_least_one(layers=layers, feed_forward=feed_forward)
         if positions not in ("learned", "sinusoidal"):
             raise ValueError(f"positions: {positions!r}; must be 'learned' or 'sinusoidal'")
@@ -59,28 +59,10 @@ class SASRec(nn.Module):
             raise ValueError(f"read: {read!r}; must be 'attention' or 'last'")
         if positions == "learned" and length < 1:
             raise ValueError(f"length: {length}; learned positions need a limit: set it, or positions to 'sinusoidal'")
-        self.out_dim, self.width, self.length = width, width, length
-        self.tokens = Tokens(dim, width)
+        super().__init__(Tokens(dim, width), Outputs(width, heads, last=read == "last"), length)
+        self.width = width
         self.position = nn.Parameter(torch.zeros(length, width)) if positions == "learned" else None
         self.layers = nn.ModuleList(CausalSoftmax(width, heads, feed_forward) for _ in range(layers))
-        self.outputs = Outputs(width, heads, last=read == "last")
-
-    def encode(self, history: History, probes: Probes) -> OutputMemory:
-        """One pass a request, O(Σ L²)."""
-        x, start, end = self.encoded(history)
-        return self.outputs.keep(x, start, end)
-
-    def read(self, memory: OutputMemory, target: Target) -> Tensor:
-        """`[N, width]`, zero where there are no events."""
-        return self.outputs(self.tokens(target.x), target.offsets, memory)
-
-    def auxiliary(self, history: History, memory: OutputMemory) -> Tensor:
-        """None of its own."""
-        return history.x.new_zeros([])
-
-    def forward(self, history: History, probes: Probes, target: Target) -> Tensor:
-        """`encode` and `read` in one: `[N, out_dim]`."""
-        return self.read(self.encode(history, probes), target)
 
     def memory_bytes(self, events: int, number_bytes: int = 4) -> int:
         """What a store keeps of a request with so many events."""

@@ -49,12 +49,3 @@ class Tokens(nn.Module):
 
 def _with_tokens(history: History, x: Tensor) -> History:
     return History(x, history.time, history.start, history.end, history.now, history.code, history.content)
-
-
-def shared_passes(history: History) -> tuple[History, Tensor]:
-    """One window for all requests whose windows begin at the same event, up to the last of their ends, and which of
-    them each request has `[R]`: for encoders whose tokens depend on earlier ones alone, and not on the request."""
-    start, row = torch.unique(history.start, return_inverse=True)
-    end = start.scatter_reduce(0, row, history.end, "amax")
-    now = torch.zeros_like(start).scatter_reduce(0, row, history.now, "amax")
-    return History(history.x, history.time, start, end, now, history.code, history.content), row
