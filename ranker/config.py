@@ -66,12 +66,6 @@ class TasksConfig(Strict):
     click: str = Field(default="click", description="label of CTR")
     conversion: str | None = Field(default=None, description="label of CVR, counted on clicks; none: CTR only")
     conversion_weight: float = Field(default=1.0, ge=0, description="weight of the CTCVR loss")
-    ranking_weight: float = Field(
-        default=0.0, ge=0, description="weight of the ranking loss: clicks against the non-clicks of the same group"
-    )
-    ranking_within: Literal["user", "request"] = Field(
-        default="user", description="the ranking loss's group: a batch's candidates of one user, or of one request"
-    )
 
 
 class OptimizerConfig(Strict):

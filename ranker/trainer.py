@@ -35,7 +35,7 @@ from ranker.predict import predict, refuse_not_finite, scoring_loader, selection
 from ranker.ranks import Ranks, join_ranks
 from ranker.run import Run, codewords_of, refuse_existing, training_alone, write_json
 from ranker.sharding import describe_plan, optimizer_of, shard
-from ranker.towers import click_losses, esmm_loss, ranking_loss
+from ranker.towers import click_losses, esmm_loss
 from ranker.training_cost import TrainingCost, table_parameters
 
 
@@ -197,11 +197,6 @@ class Trainer:
         auxiliary = scores.auxiliary * (read * self.ranks.world / max(self.ranks.total(read), 1.0))
         of_blocks = click_losses(scores.click_logits, batch.labels)
         auxiliary = auxiliary + (of_blocks * of_blocks.new_tensor(self.config.search_weights)).sum() * share
-        if self.config.tasks.ranking_weight > 0:
-            group = batch.user if self.config.tasks.ranking_within == "user" else torch.arange(batch.requests)
-            group = group.to(losses.device).repeat_interleave(batch.offsets[1:] - batch.offsets[:-1])
-            ranking = ranking_loss(scores.logits[:, 0], batch.labels[:, 0], group)
-            auxiliary = auxiliary + self.config.tasks.ranking_weight * ranking * share
         loss = loss + auxiliary
         self.optimizer.zero_grad()
         loss.backward()

@@ -33,7 +33,7 @@ Scalars = Callable[[Path], dict[str, dict[int, float]]]
 
 EVERY_STEP = (
     "loader.shards=2", "training.log_every=1", "training.validation_split=null", "training.checkpoint_every=1",
-    "training.keep_checkpoints=99", "tasks.ranking_weight=0.5", CONTENT, "tables.sequence_sharding=[row_wise]",
+    "training.keep_checkpoints=99", CONTENT, "tables.sequence_sharding=[row_wise]",
 )  # fmt: skip
 FROM_ONE = ("loader.requests=64", "training.max_steps=4")
 UNEVEN = ("loader.requests=340", "training.epochs=2")
