@@ -52,6 +52,11 @@ class LoaderConfig(Strict):
         lt=1,
         description="share of known item ids read as unknown in training, so that the row of new items is trained",
     )
+    drop_with_item: list[str] = Field(
+        default_factory=list,
+        description="item columns of ids that are dropped with the item: what a new item lacks too, such as semantic "
+        "IDs made from behaviour",
+    )
     drop_user: float = Field(default=0.05, ge=0, lt=1, description="the same for user ids")
 
 
@@ -67,6 +72,19 @@ def _check_labels(dataset: Dataset, what: str, names: tuple[str, ...], available
             hint = f"; did you mean {near[0]!r}?" if near else "."
             raise UserError(
                 f"{dataset.root}: no {what} {name!r}{hint} It has {', '.join(available) or f'no {what}s at all'}"
+            )
+
+
+def _check_dropped(dataset: Dataset, names: list[str]) -> None:
+    columns = dataset.manifest.columns.get("item", {})
+    allowed = sorted(f"item.{name}" for name, info in columns.items() if info.kind in ("categorical", "bag"))
+    for i, name in enumerate(names):
+        if name not in allowed:
+            near = difflib.get_close_matches(name, allowed, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise UserError(
+                f"loader.drop_with_item[{i}]: {dataset.root} has no item column of ids {name!r}{hint} It has "
+                f"{', '.join(allowed) or 'none'}"
             )
 
 
@@ -100,7 +118,9 @@ class RequestBatches(TorchDataset[dict[str, Tensor]]):
         self._schedules = [
             schedule(every[s::shard_count], batches[s::shard_count], self._random(Draw.BATCHES, s)) for s in shards
         ]
-        self._reader = Reader(dataset, selection, Drop(config.drop_item, config.drop_user))
+        self._reader = Reader(
+            dataset, selection, Drop(config.drop_item, config.drop_user, frozenset(config.drop_with_item))
+        )
         self._partitions: dict[int, Partition] = {}
         self._orders: dict[int, Ints] = {}
         self._first_lengths: dict[int, Ints] = {}
@@ -194,6 +214,7 @@ class Loader:
             raise UserError(
                 f"{dataset.root}: no requests in split {' or '.join(splits)}; it has {', '.join(filled) or 'none'}"
             )
+        _check_dropped(dataset, config.drop_with_item)
         _check_labels(dataset, "label", selection.labels, dataset.manifest.labels)
         _check_labels(dataset, "oracle", selection.oracles, dataset.manifest.oracles)
         self._dataset, self._splits, self._selection, self._config = dataset, splits, selection, config

@@ -15,13 +15,19 @@ from features.dataset import Dataset
 from features.selection import Feature, Selection
 from features.views import Array, File, Ints, Partition, copy_windows, item_file, ranges
 
+_NONE = np.zeros(0, np.int64)
+
 
 @dataclass(frozen=True)
 class Drop:
-    """Shares of known ids that are read as unknown in training, so that the rows of unknown ids are trained."""
+    """Shares of known ids that are read as unknown in training, so that the rows of unknown ids are trained.
+
+    with_item: columns of the item table, of ids, that are read as absent where the item is dropped.
+    """
 
     item: float
     user: float
+    with_item: frozenset[str] = frozenset()
 
 
 def bernoulli(rng: np.random.Generator, rate: float, count: int) -> Ints:
@@ -108,8 +114,12 @@ class Reader:
         candidate_item, candidates = partition.requests.lists("items").rows(requests)
         candidate_rows = ranges(partition.requests.lists("items").offsets[requests], candidates)
         event_item = events("item")
-        item_ids = known(np.concatenate([event_item, candidate_item]), self._known_items, self._drop.item, rng)
+        item_ids = known(np.concatenate([event_item, candidate_item]), self._known_items, 0.0, None)
+        dropped = bernoulli(rng, self._drop.item, item_ids.size) if rng is not None else _NONE
+        item_ids[dropped] = 0
         event_id, candidate_id = item_ids[: event_item.size], item_ids[event_item.size :]
+        of_events, of_candidates = dropped < event_item.size, dropped >= event_item.size
+        event_dropped, candidate_dropped = dropped[of_events], dropped[of_candidates] - event_item.size
         user = partition.histories.flat("user")[row]
 
         part = Part(
@@ -123,16 +133,21 @@ class Reader:
             item=candidate_item,
             event_time=events("time"),
         )
+
         # attributes are those of the item itself, known to the tables or not
-        part.history = [event_id if f.name == "item" else self._attribute(f.name, event_item) for f in spec.sequence]
+        def of_event_item(feature: Feature) -> Array:
+            return self._attribute(feature.name, event_item, event_dropped)
+
+        def of_candidate_item(feature: Feature) -> Array:
+            return self._attribute(feature.name, candidate_item, candidate_dropped)
+
+        part.history = [event_id if f.name == "item" else of_event_item(f) for f in spec.sequence]
         part.history += [events(f.name) for f in spec.event]
         part.history += [event_item for _ in spec.content]  # rows of a table of every item's vector
-        part.target = [
-            candidate_id if f.name == "item" else self._attribute(f.name, candidate_item) for f in spec.sequence
-        ]
+        part.target = [candidate_id if f.name == "item" else of_candidate_item(f) for f in spec.sequence]
         part.event_dense = [events(f.name) for f in spec.event_dense]
-        part.event_codes = [self._attribute(f.name, event_item) for f in spec.codes]
-        part.candidate_codes = [self._attribute(f.name, candidate_item) for f in spec.codes]
+        part.event_codes = [of_event_item(f) for f in spec.codes]
+        part.candidate_codes = [of_candidate_item(f) for f in spec.codes]
 
         def of_request(feature: Feature) -> tuple[Array, Ints]:
             if feature.name == "user":
@@ -145,7 +160,8 @@ class Reader:
             if feature.name == "item":
                 return _single(candidate_id)
             if feature.scope == "item":
-                return _rows(self._items, feature.name, candidate_item)
+                found = _rows(self._items, feature.name, candidate_item)
+                return _without(*found, candidate_dropped) if feature.name in self._drop.with_item else found
             return _single(partition.candidate(feature.name)[candidate_rows])
 
         part.request = [of_request(f) for f in spec.request]
@@ -156,8 +172,18 @@ class Reader:
         part.oracles = [partition.candidate(f"oracle.{n}")[candidate_rows] for n in self._selection.oracles]
         return part
 
-    def _attribute(self, name: str, items: Array) -> Array:
-        return self._items.flat(name).take(items)
+    def _attribute(self, name: str, items: Array, dropped: Ints) -> Array:
+        values = self._items.flat(name).take(items)
+        if name in self._drop.with_item:
+            values[dropped] = 0
+        return values
+
+
+def _without(values: Array, lengths: Ints, rows: Ints) -> tuple[Array, Ints]:
+    """Values and lengths of rows, with nothing in some of them."""
+    keep = np.ones(lengths.size, np.bool_)
+    keep[rows] = False
+    return values[np.repeat(keep, lengths)], np.where(keep, lengths, 0)
 
 
 def _single(values: Array) -> tuple[Array, Ints]:

@@ -279,6 +279,52 @@ def test_a_request_and_its_pooled_candidate_agree_on_dropped_ids(dataset: Datase
         assert torch.equal(batch.candidate["item"].values(), batch.sequence["candidate:item"].values())
 
 
+def test_what_a_new_item_lacks_is_dropped_with_the_item(dataset: Dataset) -> None:
+    """Named columns are absent exactly where the item was dropped; all else is as without dropping."""
+    selection = everything(dataset)
+    names = ["item.category", "item.tags"]
+    dropping = config_of(requests=32, drop_item=0.4, drop_with_item=names)
+    loader = Loader(dataset, ("train",), selection, dropping, training=True)
+    found = {now: r for batch in loader.batches() for now, r in records(batch, selection).items()}
+    lost = kept = 0
+    for now, expected in literal(dataset, selection, ("train",)).items():
+        record = found[now]
+        codes = [f.name for f in selection.spec.codes]
+        for side, of_codes in (("history", "event_codes"), ("target", "candidate_codes")):
+            whole, some = expected[side], record[side]
+            for i, (item, read) in enumerate(zip(whole["item"], some["item"], strict=True)):
+                dropped = item != read
+                assert read in (item, 0)
+                lost, kept = lost + dropped, kept + (not dropped)
+                if item == 0:  # unknown: dropping it shows in its columns alone
+                    continue
+                assert some["item.category"][i] == (0 if dropped else whole["item.category"][i])
+                for code, name in enumerate(codes):
+                    absent = dropped and name in names
+                    assert record[of_codes][i][code] == (0 if absent else expected[of_codes][i][code])
+        tags, read_tags = expected["candidate"]["item.tags"], record["candidate"]["item.tags"]
+        for c, (item, read) in enumerate(zip(expected["target"]["item"], record["target"]["item"], strict=True)):
+            if item:
+                assert read_tags[c] == ([] if item != read else tags[c])
+        for name in ("event", "event_time", "item", "labels", "candidate_dense"):
+            assert record[name] == expected[name]
+    assert min(lost, kept) > 50
+
+
+def test_evaluation_drops_no_columns(dataset: Dataset) -> None:
+    selection = everything(dataset)
+    config = config_of(requests=32, drop_item=0.4, drop_with_item=["item.category"])
+    plain, dropping = (Loader(dataset, ("test",), selection, c) for c in (config_of(requests=32), config))
+    assert all(same(a, b) for a, b in zip(plain.batches(), dropping.batches(), strict=True))
+
+
+def test_a_column_to_drop_must_be_one_of_the_item_table(dataset: Dataset) -> None:
+    config = config_of(drop_with_item=["item.categroy"])
+    named = r"loader.drop_with_item\[0\]: .*'item.categroy'; did you mean 'item.category'\?"
+    with pytest.raises(UserError, match=named):
+        Loader(dataset, ("train",), everything(dataset), config, training=True)
+
+
 @pytest.mark.parametrize("rate", [0.0, 1e-4, 0.05, 0.5, 0.999])
 def test_bernoulli_positions(rate: float) -> None:
     count = 200_000
