@@ -147,7 +147,7 @@ def picture(
 @app.command()
 def runs(runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="evaluated runs")]) -> None:
     """Show the metrics of several runs side by side."""
-    from ranker.runs_table import show_runs
+    from ranker.evaluation.runs_table import show_runs
 
     show_runs(runs)
 

@@ -15,15 +15,15 @@ from features.progress import log
 from features.schema import SPLITS, Split
 from features.selection import resolve
 from ranker import checkpoint
-from ranker.diagnostics import diagnose
+from ranker.evaluation.diagnostics import diagnose
+from ranker.evaluation.predict import predict, refuse_not_finite, scoring_loader, selection_of
+from ranker.evaluation.references import fit_references
+from ranker.evaluation.report import Report, make_report, print_report, write_metrics
+from ranker.evaluation.stored_predictions import write_predictions
 from ranker.model import Ranker
-from ranker.predict import predict, refuse_not_finite, scoring_loader, selection_of
 from ranker.ranks import Ranks, join_ranks
-from ranker.references import fit_references
-from ranker.report import Report, make_report, print_report, write_metrics
 from ranker.run import Run, codewords_of
 from ranker.sharding import shard
-from ranker.stored_predictions import write_predictions
 from ranker.trainer import build
 
 

@@ -22,8 +22,8 @@ from features.progress import log
 from features.schema import Split
 from features.selection import Feature, FeatureSpec, resolve
 from ranker.evaluate import restore
+from ranker.evaluation.predict import scoring_loader, selection_of
 from ranker.model import Plain, Ranker
-from ranker.predict import scoring_loader, selection_of
 from ranker.ranks import join_ranks
 from ranker.run import Run, codebooks_of, codewords_of, refuse_existing, versions, write_json
 from ranker.towers import esmm_probabilities

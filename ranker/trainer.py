@@ -29,9 +29,9 @@ from ranker.checkpoint import Position
 from ranker.config import TrainConfig
 from ranker.doctor import ensure_healthy
 from ranker.embeddings import load_content
-from ranker.metrics import Predictions, task_metrics
+from ranker.evaluation.metrics import Predictions, task_metrics
+from ranker.evaluation.predict import predict, refuse_not_finite, scoring_loader, selection_of
 from ranker.model import Moments, Ranker
-from ranker.predict import predict, refuse_not_finite, scoring_loader, selection_of
 from ranker.ranks import Ranks, join_ranks
 from ranker.run import Run, codewords_of, refuse_existing, training_alone, write_json
 from ranker.sharding import describe_plan, optimizer_of, shard

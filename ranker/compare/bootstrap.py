@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ranker.metrics import CLIP, Array, Int64s, Predictions, Task, count_pairs
+from ranker.evaluation.metrics import CLIP, Array, Int64s, Predictions, Task, count_pairs
 
 Floats = npt.NDArray[np.float64]
 COMPARED = ("auc", "uauc", "logloss")

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from ranker.compare.pareto import pareto_front
 from ranker.compare.results import Results, RowResult, cost_name
-from ranker.metrics import Array, Predictions, Task
+from ranker.evaluation.metrics import Array, Predictions, Task
+from ranker.evaluation.report import interval
 from ranker.pictures.canvas import DARK, GREY, new_figure, note
-from ranker.report import interval
 
 _COLOURS = (
     "#3b6fb5", "#c44e52", "#55a868", "#8172b2", "#ccb974", "#64b5cd", "#8c613c", "#da8bc3", "#333333", "#937860",

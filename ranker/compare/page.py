@@ -11,7 +11,7 @@ from ranker.compare.protocol import Protocol
 from ranker.compare.results import Results
 from ranker.compare.running import Failure
 from ranker.compare.tables import LEGEND, Table, all_tables
-from ranker.stored_predictions import read_predictions
+from ranker.evaluation.stored_predictions import read_predictions
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 1280px; margin: 2em auto; padding: 0 1em; }

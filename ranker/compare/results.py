@@ -15,9 +15,9 @@ from ranker.compare.config import CompareConfig
 from ranker.compare.cost import MethodCost, PartCost
 from ranker.compare.folder import CompareFolder
 from ranker.compare.plan import Cell, Row, baseline_of
-from ranker.metrics import TASKS, Task
-from ranker.report import METRICS
-from ranker.stored_predictions import read_predictions
+from ranker.evaluation.metrics import TASKS, Task
+from ranker.evaluation.report import METRICS
+from ranker.evaluation.stored_predictions import read_predictions
 
 Json = dict[str, Any]
 

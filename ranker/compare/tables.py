@@ -13,8 +13,8 @@ from ranker.compare.bootstrap import COMPARED, Difference
 from ranker.compare.cost import MethodCost
 from ranker.compare.protocol import Protocol
 from ranker.compare.results import Estimate, Results, RowResult
-from ranker.metrics import Task
-from ranker.report import METRICS
+from ranker.evaluation.metrics import Task
+from ranker.evaluation.report import METRICS
 
 NONE = "–"
 TITLES = {

@@ -18,11 +18,11 @@ from ranker.blocks import Block
 from ranker.config import TrainConfig
 from ranker.config_blocks import UxSidConfig
 from ranker.evaluate import restore
+from ranker.evaluation.predict import scoring_loader, selection_of
 from ranker.model import Ranker
 from ranker.pictures import hisac, hytrec, uxsid
 from ranker.pictures.canvas import save
 from ranker.pictures.shown import Shown, choose, show
-from ranker.predict import scoring_loader, selection_of
 from ranker.ranks import Ranks, join_ranks
 from ranker.run import Run
 

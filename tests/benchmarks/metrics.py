@@ -14,7 +14,7 @@ import time
 import numpy as np
 from sklearn.metrics import log_loss, roc_auc_score
 
-from ranker.metrics import binary_metrics
+from ranker.evaluation.metrics import binary_metrics
 from tests.benchmarks.machine import machine
 
 

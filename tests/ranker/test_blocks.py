@@ -19,9 +19,9 @@ from features.dataset import Dataset
 from features.errors import UserError
 from features.selection import resolve
 from ranker.config import TrainConfig
+from ranker.evaluation.predict import scoring_loader, selection_of
 from ranker.export import export, inputs_of
 from ranker.model import Ranker
-from ranker.predict import scoring_loader, selection_of
 from ranker.ranks import Ranks
 from ranker.run import Run, codewords_of
 from ranker.towers import click_losses, esmm_loss

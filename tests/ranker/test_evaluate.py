@@ -22,11 +22,11 @@ from features.selection import resolve
 from ranker import checkpoint
 from ranker.config import TrainConfig
 from ranker.evaluate import evaluate, main, restore
-from ranker.metrics import HISTORY_EDGES, Predictions
-from ranker.predict import predict, scoring_loader, selection_of
+from ranker.evaluation.metrics import HISTORY_EDGES, Predictions
+from ranker.evaluation.predict import predict, scoring_loader, selection_of
+from ranker.evaluation.stored_predictions import read_predictions
 from ranker.ranks import join_ranks
 from ranker.run import Run
-from ranker.stored_predictions import read_predictions
 
 ConfigOf = Callable[..., TrainConfig]
 METRICS = {"auc", "uauc", "wuauc", "logloss", "ne", "calibration"}

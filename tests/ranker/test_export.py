@@ -19,8 +19,8 @@ from features.dataset import Dataset
 from features.selection import resolve
 from ranker import export as exporting
 from ranker.config import TrainConfig
+from ranker.evaluation.predict import scoring_loader, selection_of
 from ranker.export import ExportError, export, inputs_of, known_ids
-from ranker.predict import scoring_loader, selection_of
 from ranker.ranks import Ranks
 from ranker.run import Run, RunError, versions
 from ranker.trainer import train

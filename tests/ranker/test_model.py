@@ -13,9 +13,9 @@ from features.dataset import Dataset
 from features.errors import UserError
 from features.selection import resolve
 from ranker.config import TrainConfig
-from ranker.metrics import Predictions
+from ranker.evaluation.metrics import Predictions
+from ranker.evaluation.predict import predict, refuse_not_finite, scoring_loader, selection_of
 from ranker.model import Crossed, Ranker, Standardise
-from ranker.predict import predict, refuse_not_finite, scoring_loader, selection_of
 from ranker.ranks import Ranks
 
 ConfigOf = Callable[..., TrainConfig]

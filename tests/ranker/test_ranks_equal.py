@@ -24,7 +24,7 @@ from features.errors import UserError
 from ranker import checkpoint, ranks
 from ranker import trainer as training
 from ranker.config import TrainConfig
-from ranker.predict import selection_of
+from ranker.evaluation.predict import selection_of
 from ranker.run import Run
 from ranker.trainer import train
 

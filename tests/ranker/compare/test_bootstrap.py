@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import log_loss, roc_auc_score
 
 from ranker.compare.bootstrap import COMPARED, Difference, difference, difference_of, measure_draws, user_draws
-from ranker.metrics import Predictions, task_metrics
+from ranker.evaluation.metrics import Predictions, task_metrics
 
 
 def impressions(seed: int, users: int = 12, ties: bool = True) -> Predictions:

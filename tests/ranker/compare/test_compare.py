@@ -29,8 +29,8 @@ from ranker.compare.plan import plan
 from ranker.compare.results import gather, json_of
 from ranker.compare.running import Failure, run_cells
 from ranker.compare.tables import short_table
-from ranker.metrics import binary_metrics
-from ranker.stored_predictions import read_predictions
+from ranker.evaluation.metrics import binary_metrics
+from ranker.evaluation.stored_predictions import read_predictions
 from tests.ranker.compare.conftest import InThisProcess
 
 

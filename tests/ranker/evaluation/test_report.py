@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from ranker.metrics import HISTORY_EDGES, Predictions
-from ranker.references import Impressions, count_references
-from ranker.report import METRICS, Report, make_report, metrics_json, print_report, write_metrics
+from ranker.evaluation.metrics import HISTORY_EDGES, Predictions
+from ranker.evaluation.references import Impressions, count_references
+from ranker.evaluation.report import METRICS, Report, make_report, metrics_json, print_report, write_metrics
 
 COUNTED = count_references([Impressions(np.arange(4), np.arange(4), np.array([0, 1, 0, 1]), np.array([0, 1, 1, 0]))])
 

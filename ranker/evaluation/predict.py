@@ -13,7 +13,7 @@ from features.progress import Progress
 from features.schema import Split
 from features.selection import FeatureSpec
 from ranker.config import TrainConfig
-from ranker.metrics import Predictions, gather_predictions
+from ranker.evaluation.metrics import Predictions, gather_predictions
 from ranker.ranks import Ranks
 from ranker.towers import esmm_probabilities
 

@@ -18,18 +18,18 @@ from torch import Tensor
 from features.dataset import Dataset
 from features.selection import resolve
 from ranker.config import TrainConfig
-from ranker.diagnostics import Items, Sample, diagnose, first_requests, measures_of
 from ranker.evaluate import evaluate
+from ranker.evaluation.diagnostics import Items, Sample, diagnose, first_requests, measures_of
+from ranker.evaluation.predict import selection_of
+from ranker.evaluation.report import BlockReport, Figure, metrics_json, print_report
 from ranker.longseq import History, Target
 from ranker.model import Ranker, plain_of
 from ranker.ops.votes import naive_tree_agents
-from ranker.predict import selection_of
 from ranker.ranks import Ranks
-from ranker.report import BlockReport, Figure, metrics_json, print_report
 from ranker.trainer import train
 from tests.ranker.block_configs import HISAC, HYTREC, NEXT, UXSID
+from tests.ranker.evaluation.test_report import report
 from tests.ranker.test_blocks import batches_of, built, options_of
-from tests.ranker.test_report import report
 
 ConfigOf = Callable[..., TrainConfig]
 ALONE = Ranks(0, 1, 1, torch.device("cpu"))
@@ -170,7 +170,7 @@ def test_next_items_are_embedded_as_candidates_are(
     config = config_of(*options_of(coded, NEXT, "tables.init_scale=1"))
     model = built(config)
     seen: list[Sample] = []
-    monkeypatch.setattr("ranker.diagnostics._NextItems.add", lambda self, sample: seen.append(sample))
+    monkeypatch.setattr("ranker.evaluation.diagnostics._NextItems.add", lambda self, sample: seen.append(sample))
     diagnosed(config, model, sample=20, pool=pool)
     items = seen[0].pool
     assert items is not None

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from features.dataset import Dataset, DatasetError
 from features.schema import Split
-from ranker.metrics import Array, Predictions, Task
+from ranker.evaluation.metrics import Array, Predictions, Task
 
 Reference = Literal["constant", "item_rate", "user_item_logit"]
 REFERENCES: tuple[Reference, ...] = ("constant", "item_rate", "user_item_logit")

@@ -13,8 +13,15 @@ import pyarrow as pa
 import pytest
 
 from features.dataset import Dataset, DatasetError, partition_dir, write_arrow
-from ranker.metrics import Predictions, task_metrics
-from ranker.references import REFERENCES, Impressions, References, count_references, fit_references, read_impressions
+from ranker.evaluation.metrics import Predictions, task_metrics
+from ranker.evaluation.references import (
+    REFERENCES,
+    Impressions,
+    References,
+    count_references,
+    fit_references,
+    read_impressions,
+)
 
 
 def random_impressions(rows: int, seed: int = 0) -> Impressions:

@@ -26,13 +26,13 @@ from features.views import item_file
 from ranker.blocks import Block
 from ranker.config import TrainConfig
 from ranker.embeddings import Tables
+from ranker.evaluation.report import BlockReport, Figure
 from ranker.longseq import HiSAC, History, HyTRec, Target, UxSID
 from ranker.longseq.protocol import latest
 from ranker.longseq.uxsid import interest_recall
 from ranker.model import Dense, plain_of
 from ranker.ops.next_item import hit_rate_at_k, ndcg_at_k
 from ranker.ranks import Ranks
-from ranker.report import BlockReport, Figure
 
 SAMPLE = 500
 """requests"""

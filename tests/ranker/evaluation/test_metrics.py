@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import log_loss, roc_auc_score
 
-from ranker.metrics import (
+from ranker.evaluation.metrics import (
     BinaryMetrics,
     Predictions,
     binary_metrics,

@@ -1,4 +1,4 @@
-"""Scored impressions on disk: the columns of :class:`ranker.metrics.Predictions` as Parquet, beside the metrics."""
+"""Scored impressions on disk: the columns of :class:`~ranker.evaluation.metrics.Predictions` as Parquet."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from features.errors import UserError
-from ranker.metrics import Predictions
+from ranker.evaluation.metrics import Predictions
 
 
 def write_predictions(predictions: Predictions, path: Path) -> None:

@@ -1,7 +1,7 @@
 """The report of an evaluation: one typed object, written as ``metrics.json`` and shown as tables.
 
-The model stands beside what it must beat (the references without sequences, :mod:`ranker.references`) and, on
-generated data, beside the best that can be attained (the oracle, scoring with the true probabilities).
+The model stands beside what it must beat (the references without sequences, :mod:`ranker.evaluation.references`) and,
+on generated data, beside the best that can be attained (the oracle, scoring with the true probabilities).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from features.schema import Split
-from ranker.metrics import (
+from ranker.evaluation.metrics import (
     HISTORY_EDGES,
     TASKS,
     BinaryMetrics,
@@ -30,7 +30,7 @@ from ranker.metrics import (
     by_history_length,
     task_metrics,
 )
-from ranker.references import REFERENCES, References
+from ranker.evaluation.references import REFERENCES, References
 
 METRICS = ("auc", "uauc", "wuauc", "logloss", "ne", "calibration")
 _TITLES = ("AUC", "UAUC", "WUAUC", "log loss", "NE", "calib.")
@@ -51,7 +51,7 @@ class Figure(NamedTuple):
 
 @dataclass(frozen=True)
 class BlockReport:
-    """What a long-sequence block does, measured on a sample of requests (:mod:`ranker.diagnostics`)."""
+    """What a long-sequence block does, measured on a sample of requests (:mod:`ranker.evaluation.diagnostics`)."""
 
     name: str
     kind: str
@@ -85,7 +85,7 @@ def make_report(
     edges: Sequence[int] = HISTORY_EDGES,
     blocks: Sequence[BlockReport] = (),
 ) -> Report:
-    """Measure `predictions`, those of all ranks (:func:`ranker.metrics.gather_predictions`).
+    """Measure `predictions`, those of all ranks (:func:`ranker.evaluation.metrics.gather_predictions`).
 
     Requests and users are counted from the impressions: a request without candidates leaves no trace in them.
     """

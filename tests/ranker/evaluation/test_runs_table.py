@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from features.errors import UserError
-from ranker.runs_table import show_runs
+from ranker.evaluation.runs_table import show_runs
 
 
 def write_run(root: Path, name: str, auc: float | None, requests: int = 5) -> Path:
