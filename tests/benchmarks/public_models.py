@@ -83,7 +83,7 @@ def samples_of(batch: RequestBatch, spec: FeatureSpec, length: int) -> list[tupl
 
 def padded(samples: list[tuple[int, dict[str, Any]]], spec: FeatureSpec) -> Samples:
     """A batch as LongCTR reads it: what the user has, of each item of the padded histories and the target, the mask."""
-    longest = max(2, *(count for count, _ in samples))
+    longest = max(50, *(count for count, _ in samples))  # with fewer, LongCTR's mask of the latest 50 does not fit
     mask = torch.zeros(len(samples), longest)
     items = {f.name: torch.zeros(len(samples), longest + 1, dtype=torch.int64) for f in (*spec.sequence, *spec.event)}
     for row, (count, sample) in enumerate(samples):
