@@ -31,7 +31,7 @@ class Cut(Exception):
     """The machine went away."""
 
 
-def cut_at(step: int, monkeypatch: pytest.MonkeyPatch, method: str = "_step") -> None:
+def cut_at(step: int, monkeypatch: pytest.MonkeyPatch, method: str = "step") -> None:
     whole = getattr(Trainer, method)
 
     def cut(self: Trainer, *arguments: object) -> object:
