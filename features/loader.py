@@ -7,7 +7,6 @@ global batches stay the same whatever the number of ranks. :mod:`features.schedu
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -20,7 +19,7 @@ from torch.utils.data import Dataset as TorchDataset
 from features.batch import RequestBatch, from_tensors
 from features.collate import Part, assemble, nothing, pack, unpack
 from features.dataset import Dataset, PartitionInfo
-from features.errors import UserError
+from features.errors import UserError, did_you_mean
 from features.reader import Drop, Reader
 from features.schedule import Draw, Slot, batch_count, generator, schedule, shuffled
 from features.schema import Split, Strict
@@ -68,8 +67,7 @@ def _ranges(info: PartitionInfo, splits: tuple[Split, ...]) -> list[tuple[int, i
 def _check_labels(dataset: Dataset, what: str, names: tuple[str, ...], available: list[str]) -> None:
     for name in names:
         if name not in available:
-            near = difflib.get_close_matches(name, available, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
+            hint = did_you_mean(name, available)
             raise UserError(
                 f"{dataset.root}: no {what} {name!r}{hint} It has {', '.join(available) or f'no {what}s at all'}"
             )
@@ -80,8 +78,7 @@ def _check_dropped(dataset: Dataset, names: list[str]) -> None:
     allowed = sorted(f"item.{name}" for name, info in columns.items() if info.kind in ("categorical", "bag"))
     for i, name in enumerate(names):
         if name not in allowed:
-            near = difflib.get_close_matches(name, allowed, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
+            hint = did_you_mean(name, allowed)
             raise UserError(
                 f"loader.drop_with_item[{i}]: {dataset.root} has no item column of ids {name!r}{hint} It has "
                 f"{', '.join(allowed) or 'none'}"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 
 from pydantic import Field
 
 from features.dataset import ColumnInfo, Manifest
-from features.errors import UserError
+from features.errors import UserError, did_you_mean
 from features.schema import Kind, Strict
 
 
@@ -130,8 +129,7 @@ def _look_up(
     for i, name in enumerate(names):
         allowed = sorted(n for n, (scope, info) in known.items() if scope in scopes and info.kind in kinds)
         if name not in allowed:
-            near = difflib.get_close_matches(name, allowed, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
+            hint = did_you_mean(name, allowed)
             reason = f"is {known[name][1].kind} of scope {known[name][0]}" if name in known else "is not in the dataset"
             choice = ", ".join(allowed) or "nothing in this dataset"
             raise FeatureError(f"features.{place}[{i}]: {name!r} {reason}{hint} Allowed here: {choice}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection
 
 import numpy as np
@@ -10,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from features.dataset import ColumnInfo, Dataset
+from features.errors import did_you_mean
 from features.schema import Kind
 from features.semantic_ids.errors import SidsError
 from features.views import Ints
@@ -29,8 +29,7 @@ def find(dataset: Dataset, name: str, kinds: Collection[Kind], part: str) -> Col
         return columns[name]
     reason = f"is {columns[name].kind}" if name in columns else "is not in the dataset"
     fitting = [n for n, info in columns.items() if info.kind in kinds]
-    near = difflib.get_close_matches(name, fitting, 1)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
+    hint = did_you_mean(name, fitting)
     have = ", ".join(f"{n} ({info.kind})" for n, info in columns.items()) or "no columns"
     raise SidsError(
         f"{dataset.root}: content part {part}: {name!r} {reason}{hint} It needs an item column of kind "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pyarrow as pa
 from pydantic import ValidationError
 
 from features.dataset import Dataset
+from features.errors import did_you_mean
 from features.semantic_ids.codebook import Codebook
 from features.semantic_ids.coding import Coded
 from features.semantic_ids.config import SidsReportConfig
@@ -45,8 +45,7 @@ def check_columns(config: SidsReportConfig, dataset: Dataset) -> None:
     usable = sorted(f"item.{name}" for name, column in columns.items() if column.kind == "categorical")
     for i, name in enumerate(config.columns):
         if name not in usable:
-            near = difflib.get_close_matches(name, usable, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
+            hint = did_you_mean(name, usable)
             raise SidsError(
                 f"report.columns[{i}]: {name!r} is no categorical item column of {dataset.root}{hint} It has: "
                 f"{', '.join(usable) or 'none'}"
