@@ -15,8 +15,6 @@ from features.dataset import Dataset
 from features.selection import Feature, Selection
 from features.views import Array, File, Ints, Partition, copy_windows, item_file, ranges
 
-_NONE = np.zeros(0, np.int64)
-
 
 @dataclass(frozen=True)
 class Drop:
@@ -30,21 +28,23 @@ class Drop:
     with_item: frozenset[str] = frozenset()
 
 
-def bernoulli(rng: np.random.Generator, rate: float, count: int) -> Ints:
-    """Positions of ``0 … count - 1``, each there, once or more often, with probability `rate`, independently.
+def bernoulli(rng: np.random.Generator | None, rate: float, count: int) -> Ints:
+    """Positions of ``0 … count - 1``, each there, once or more often, with probability `rate`, independently; none
+    without `rng`.
 
     Poisson(λ · count) points thrown at random are Poisson(λ) points at each position, independently; with
     λ = -log(1 - rate), at least one with probability 1 - exp(-λ) = rate. The work is in proportion to rate · count.
     """
+    if rng is None:
+        return np.zeros(0, np.int64)
     points = rng.poisson(-np.log1p(-rate) * count)
     return rng.integers(0, max(count, 1), points)
 
 
-def known(ids: Array, size: int, drop: float, rng: np.random.Generator | None) -> Array:
-    """`ids`, in place, with 0 for those outside a table of `size` rows and, given `rng`, for a share `drop` of all."""
+def known(ids: Array, size: int, dropped: Ints) -> Array:
+    """`ids`, in place, with 0 for those outside a table of `size` rows and at the positions `dropped`."""
     ids[(ids >= size).nonzero()[0]] = 0
-    if rng is not None:
-        ids[bernoulli(rng, drop, ids.size)] = 0
+    ids[dropped] = 0
     return ids
 
 
@@ -114,12 +114,12 @@ class Reader:
         candidate_item, candidates = partition.requests.lists("items").rows(requests)
         candidate_rows = ranges(partition.requests.lists("items").offsets[requests], candidates)
         event_item = events("item")
-        item_ids = known(np.concatenate([event_item, candidate_item]), self._known_items, 0.0, None)
-        dropped = bernoulli(rng, self._drop.item, item_ids.size) if rng is not None else _NONE
-        item_ids[dropped] = 0
+        items = np.concatenate([event_item, candidate_item])
+        dropped = bernoulli(rng, self._drop.item, items.size)
+        item_ids = known(items, self._known_items, dropped)
         event_id, candidate_id = item_ids[: event_item.size], item_ids[event_item.size :]
-        of_events, of_candidates = dropped < event_item.size, dropped >= event_item.size
-        event_dropped, candidate_dropped = dropped[of_events], dropped[of_candidates] - event_item.size
+        of_events = dropped < event_item.size
+        event_dropped, candidate_dropped = dropped[of_events], dropped[~of_events] - event_item.size
         user = partition.histories.flat("user")[row]
 
         part = Part(
@@ -151,7 +151,7 @@ class Reader:
 
         def of_request(feature: Feature) -> tuple[Array, Ints]:
             if feature.name == "user":
-                return _single(known(user.copy(), self._known_users, self._drop.user, rng))
+                return _single(known(user.copy(), self._known_users, bernoulli(rng, self._drop.user, user.size)))
             if feature.scope == "user":
                 return _rows(partition.histories, feature.name, row)
             return _rows(partition.requests, feature.name, requests)
