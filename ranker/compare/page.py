@@ -60,14 +60,7 @@ def _figures(results: Results) -> list[str]:
             ),
             "</div>",
         ),
-        _section(
-            "At what cost?",
-            _figure(
-                "cost-auc", partial(figures.by_cost, results, "ctr"),
-                "Up and to the left is better. Large marks are on the Pareto front: nothing is cheaper and better.",
-            ),
-            _figure("cost-length", partial(figures.cost_by_length, results), "Of what reads histories, alone."),
-        ),
+        _costs(results),
         _section(
             "For whom?",
             _figure(
@@ -76,6 +69,19 @@ def _figures(results: Results) -> list[str]:
         ),
         _scores(results),
     ]  # fmt: skip
+
+
+def _costs(results: Results) -> str:
+    if not any(results.costs.values()):
+        return _section("At what cost?", "<p>Costs are measured when all runs are done: none has been yet.</p>")
+    return _section(
+        "At what cost?",
+        _figure(
+            "cost-auc", partial(figures.by_cost, results, "ctr"),
+            "Up and to the left is better. Large marks are on the Pareto front: nothing is cheaper and better.",
+        ),
+        _figure("cost-length", partial(figures.cost_by_length, results), "Of what reads histories, alone."),
+    )  # fmt: skip
 
 
 def _scores(results: Results) -> str:

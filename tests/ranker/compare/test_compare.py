@@ -255,6 +255,16 @@ def test_the_page_loads_nothing(compared: Path):
     assert "user.shoe_size" in text  # what failed
 
 
+def test_a_page_without_costs_says_so(configs: Path, copy: Path, here: InThisProcess):
+    shutil.rmtree(copy / "speed")
+    run(configs, copy, here, methods="din,mean", train=False)
+    text = (copy / "report.html").read_text()
+    page = Loads()
+    page.feed(text)
+    assert page.tags.count("svg") == 3 + 1 + 2  # AUC by length of three tasks, history, scores
+    assert "none has been yet" in text
+
+
 def test_a_sweep_is_an_axis_of_the_table(configs: Path, tmp_path: Path, here: InThisProcess):
     options = {"methods": "attention", "lengths": "5", "seeds": "0", "baseline": "attention", "steps": 1}
     options |= {"sweep": ("model.long.0.heads=1,2",)}
