@@ -178,7 +178,11 @@ class Trainer:
         return patience is not None and self.position.stale_validations >= patience
 
     def step(self, batch: RequestBatch, progress: Progress) -> None:
-        """Train on one batch."""
+        """Train on one batch.
+
+        Raises:
+            UserError: the gradient is not finite; nothing is updated.
+        """
         self.model.train()
         # what dropout masks is a function of seed, step and rank alone, so that a resumed run masks the same
         torch.manual_seed(_mixed(self.config.seed, self.position.step, self.ranks.rank))

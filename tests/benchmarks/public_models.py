@@ -31,6 +31,7 @@ from features.batch import RequestBatch
 from features.config_file import load_config
 from features.dataset import Dataset
 from features.moments import dense_moments
+from features.progress import Progress
 from features.selection import FeatureSpec, resolve
 from ranker.config import TrainConfig
 from ranker.ranks import Ranks, join_ranks
@@ -46,16 +47,6 @@ METHODS = {
     "mirrn": ("MIRRN", "{type: mirrn, length: LENGTH}"),
 }
 Samples = tuple[dict[str, Tensor], dict[str, Tensor], Tensor]
-
-
-class Quiet:
-    """No progress is shown."""
-
-    def advance(self) -> None:
-        """Nothing."""
-
-    def note(self, text: str) -> None:
-        """Nothing."""
 
 
 def plain(name: str) -> str:
@@ -156,7 +147,7 @@ def compare(given: argparse.Namespace, method: str, ranks: Ranks) -> None:
     samples = sorted((s for batch in ours for s in samples_of(batch, spec, given.length)), key=lambda s: s[0])
     size = -(-len(samples) // given.batches)
     theirs = [padded(samples[a : a + size], spec) for a in range(0, len(samples), size)]
-    quiet: Any = Quiet()
+    quiet = Progress("train", sys.maxsize, shown=False)
     ways: dict[str, tuple[Callable[[Any], None], list[Any]]] = {
         "ours": (lambda batch: trainer.step(batch, quiet), ours),
         "public": (public_step(public, spec, config, given.length), theirs),
