@@ -14,6 +14,14 @@ from features.selection import FeaturesConfig
 from ranker.config_blocks import HiSacConfig, LongConfig, SimSoftConfig
 
 
+class ScheduleConfig(Strict):
+    """A learning rate over the run."""
+
+    warmup_steps: int = Field(default=0, ge=0, description="steps over which the rate rises linearly to its whole")
+    decay: Literal["none", "linear", "cosine"] = Field(default="none", description="how it falls from there on")
+    final: float = Field(default=0.0, ge=0, le=1, description="share of it that is left after the run's last step")
+
+
 class TablesConfig(Strict):
     """Embedding tables and how TorchRec may shard them."""
 
@@ -23,6 +31,7 @@ class TablesConfig(Strict):
     optimizer: Literal["rowwise_adagrad", "adagrad", "sgd"] = "rowwise_adagrad"
     lr: float = Field(default=0.05, gt=0)
     eps: float = Field(default=1e-8, gt=0)
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
     pooled_sharding: list[Literal["table_wise", "column_wise", "row_wise", "table_row_wise"]] = Field(
         default_factory=lambda: ["table_wise", "column_wise"], description="allowed for pooled tables"
     )
@@ -74,7 +83,7 @@ class OptimizerConfig(Strict):
     lr: float = Field(default=1e-3, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     clip_norm: float = Field(default=10.0, gt=0, description="gradient norm of the dense parameters")
-    warmup_steps: int = Field(default=0, ge=0, description="linear warm-up of the dense learning rate")
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
 
 
 class TrainingConfig(Strict):

@@ -31,6 +31,7 @@ from ranker.doctor import ensure_healthy
 from ranker.embeddings import load_content
 from ranker.evaluation.metrics import Predictions, task_metrics
 from ranker.evaluation.predict import predict, refuse_not_finite, scoring_loader, selection_of
+from ranker.learning_rates import LearningRates
 from ranker.model import Moments, Ranker
 from ranker.ranks import Ranks, join_ranks
 from ranker.run import Run, codewords_of, refuse_existing, training_alone, write_json
@@ -86,6 +87,10 @@ class Trainer:
         self.model, plan = shard(model, config.tables, ranks)
         load_content(self.model, spec, dataset)
         self.optimizer, self.adam = optimizer_of(self.model, config.optimizer)
+        self.rates = LearningRates(
+            (self.adam.param_groups, config.optimizer.schedule),
+            (self.model.fused_optimizer.param_groups, config.tables.schedule),
+        )
         self.dense_parameters: list[nn.Parameter] = [p for group in self.adam.param_groups for p in group["params"]]
         self.cost = TrainingCost(sum(p.numel() for p in self.dense_parameters), tables)
         self.window = self._new_window()
@@ -186,9 +191,8 @@ class Trainer:
         self.model.train()
         # what dropout masks is a function of seed, step and rank alone, so that a resumed run masks the same
         torch.manual_seed(_mixed(self.config.seed, self.position.step, self.ranks.rank))
-        for group in self.adam.param_groups:
-            warmup = self.config.optimizer.warmup_steps
-            group["lr"] = self.config.optimizer.lr * min(1.0, (self.position.step + 1) / warmup if warmup else 1.0)
+        self.rates.set(self.position.step, self.total)
+        self.optimizer.zero_grad()  # before the forward pass, which hands the tables' rate on to the backward's kernels
         candidates = self.ranks.total(batch.candidates)
         scores = self.model(batch)
         losses = esmm_loss(scores.logits, batch.labels)
@@ -202,7 +206,6 @@ class Trainer:
         of_blocks = click_losses(scores.click_logits, batch.labels)
         auxiliary = auxiliary + (of_blocks * of_blocks.new_tensor(self.config.search_weights)).sum() * share
         loss = loss + auxiliary
-        self.optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.dense_parameters, self.config.optimizer.clip_norm)
         if not torch.isfinite(norm):

@@ -19,11 +19,12 @@ ConfigOf = Callable[..., TrainConfig]
 Read = Callable[[Path], dict[str, Tensor]]
 Scalars = Callable[[Path], dict[str, dict[int, float]]]
 
-# about seven steps an epoch, with everything that is random: shuffling, ids dropped, dropout
+# about seven steps an epoch, with everything that is random (shuffling, ids dropped, dropout), and rates that change
 OPTIONS = (
     "loader.requests=256", "model.tower.dropout=0.3", "loader.drop_item=0.2", "optimizer.weight_decay=0.01",
     "training.epochs=2", "training.validate_every=4", "training.checkpoint_every=3", "training.keep_checkpoints=9",
-    "training.log_every=1",
+    "training.log_every=1", "optimizer.schedule={warmup_steps: 3, decay: cosine}",
+    "tables.schedule={decay: linear, final: 0.1}",
 )  # fmt: skip
 
 
@@ -77,13 +78,16 @@ def test_a_cut_run_goes_on_to_the_same_numbers(
         assert here[tag] == there[tag], tag
 
 
-def test_a_longer_run_is_one_run(straight: Path, config_of: ConfigOf, tmp_path: Path, read_checkpoint: Read):
-    shorter = config_of(*OPTIONS, "training.epochs=1")
+def test_a_longer_run_is_one_run(config_of: ConfigOf, tmp_path: Path, read_checkpoint: Read):
+    """Where rates do not fall to the end of the run, wherever that is."""
+    constant = (*OPTIONS, "optimizer.schedule.decay=none", "tables.schedule.decay=none")
+    train(config_of(*constant), tmp_path / "whole")
+    shorter = config_of(*constant, "training.epochs=1")
     train(shorter, tmp_path / "run")
-    train(config_of(*OPTIONS), tmp_path / "run", resume=True)
+    train(config_of(*constant), tmp_path / "run", resume=True)
     assert Run(tmp_path / "run").config.training.epochs == 2  # the config that made it, as it is now
     found = read_checkpoint(Run(tmp_path / "run").checkpoints()[-1])
-    for name, value in read_checkpoint(Run(straight).checkpoints()[-1]).items():
+    for name, value in read_checkpoint(Run(tmp_path / "whole").checkpoints()[-1]).items():
         assert torch.equal(found[name], value), name
 
 

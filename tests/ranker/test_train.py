@@ -34,8 +34,8 @@ def test_it_learns_what_the_references_cannot(trained: Path, scalars: Scalars):
 
 
 def test_scalars_of_a_run(config_of: ConfigOf, scalars: Scalars, tmp_path: Path):
-    steps = ("training.max_steps=7", "training.log_every=3", "training.validate_every=4", "optimizer.warmup_steps=10")
-    train(config_of(*steps), tmp_path / "run")
+    steps = ("training.max_steps=7", "training.log_every=3", "training.validate_every=4")
+    train(config_of(*steps, "optimizer.schedule.warmup_steps=10"), tmp_path / "run")
     found = scalars(tmp_path / "run")
     training = {
         "loss/ctr", "loss/ctcvr", "train/ne", "train/gradient_norm", "train/learning_rate",
