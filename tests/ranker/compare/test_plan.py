@@ -136,3 +136,13 @@ def test_our_own_comparisons(name: str):
     shorts = [cell.config.model.short for cell in cells if cell.config.model.long]
     assert {short.length for short in shorts if short is not None} == {50}
     assert baseline_of(cells[-1].row, [cell.row for cell in cells], config.baseline) == Row("din", 50)
+
+
+COMPARISONS = sorted(p for name in ("compare", "public") for p in Path("configs").glob(f"*/{name}.yaml"))
+
+
+@pytest.mark.parametrize("path", COMPARISONS, ids=str)
+def test_the_comparisons_of_the_project_are_planned(path: Path):
+    """Every method's config is there and takes the settings of its row."""
+    config = load_compare(path, Options())
+    assert {cell.row.method for cell in plan(config, path.parent)} == set(config.methods)
