@@ -15,6 +15,10 @@ import torchx.components.dist as dist
 import torchx.components.utils as utils
 import torchx.specs as specs
 
+# For torchrun, which dist.ddp says nothing to. By default its processes meet in a store that outlives them: one that is
+# is started again can read an address that a dead one left there, and wait for it in vain.
+RESTARTED = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
 
 def train(
     *args: str,
@@ -28,8 +32,9 @@ def train(
     image: str = "",
     env: Optional[Dict[str, str]] = None,
     max_retries: int = 0,
+    max_restarts: int = 0,
 ) -> specs.AppDef:
-    """Train a ranker; with retries, start it with ``-- --resume`` in a run folder that has checkpoints.
+    """Train a ranker; with restarts or retries it goes on from its last checkpoint.
 
     Args:
         args: arguments of `ranker.train`, as --set KEY=VALUE or --resume
@@ -43,8 +48,13 @@ def train(
         image: container image, where the scheduler takes one
         env: environment variables, as A=1,B=2
         max_retries: how often the scheduler may start a failed job again
+        max_restarts: how often the processes are started again on the same machines when one of them dies
     """
-    return _ddp("train", [config, "--out", out, *args], nnodes, nproc, cpu, gpu, memory_mb, image, env, max_retries)
+    again = ["--resume"] if max_retries or max_restarts else []
+    arguments = [config, "--out", out, *again, *args]
+    if max_restarts:
+        env = {**RESTARTED, "PET_MAX_RESTARTS": str(max_restarts), **(env or {})}
+    return _ddp("train", arguments, nnodes, nproc, cpu, gpu, memory_mb, image, env, max_retries)
 
 
 def evaluate(

@@ -2,10 +2,14 @@
 
 Randomness has no place in them: what is shuffled, dropped or masked at a step is a function of the seed and the step.
 Written by `torch.distributed.checkpoint`, so that a run saved by some ranks goes on with another number of them.
+
+A checkpoint is a folder, written aside and renamed. Its ``SHA256SUMS``, which ``sha256sum -c`` reads too, tells whether
+it is still what was written: a disk or a copy can cut or change a file without a word.
 """
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from pathlib import Path
 
@@ -14,9 +18,15 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 
+from features.errors import UserError
+from features.progress import log
 from ranker.ranks import Ranks
 
-POSITION = "position.json"
+POSITION, SUMS = "position.json", "SHA256SUMS"
+
+
+class CheckpointError(UserError):
+    """A checkpoint is not what was written."""
 
 
 class Position(BaseModel):
@@ -56,9 +66,59 @@ def save(path: Path, model: nn.Module, optimizer: CombinedOptimizer, position: P
     ranks.barrier()
     if ranks.first:
         (aside / POSITION).write_text(position.model_dump_json())
+    ranks.barrier()
+    names = sorted(file.name for file in aside.iterdir())
+    sums = ranks.gathered([f"{_sum(aside / name)}  {name}\n" for name in names[ranks.rank :: ranks.world]])
+    if ranks.first:
+        (aside / SUMS).write_text("".join(line for lines in sums for line in lines))
         remove(path)
         aside.rename(path)
     ranks.barrier()
+
+
+def fault(path: Path, ranks: Ranks) -> str | None:
+    """What is wrong with a checkpoint, None where nothing is; the same on every rank, each of which reads a share."""
+    return next((wrong for wrong in ranks.gathered(_fault(path, ranks)) if wrong), None)
+
+
+def _fault(path: Path, ranks: Ranks) -> str | None:
+    sums = path / SUMS
+    if not sums.is_file():
+        return f"{SUMS} is missing"
+    text = sums.read_text()
+    lines = [line.split("  ", 1) for line in text.splitlines()]
+    if not text.endswith("\n") or {file.name for file in path.iterdir()} - {SUMS, *(line[-1] for line in lines)}:
+        return f"{SUMS} is cut"
+    for digest, name in lines[ranks.rank :: ranks.world]:
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        if _sum(path / name) != digest:
+            return f"{name} is not what was written"
+    return None
+
+
+def check(path: Path, ranks: Ranks) -> None:
+    """Raise CheckpointError, on every rank, where a checkpoint is not what was written."""
+    if wrong := fault(path, ranks):
+        raise CheckpointError(
+            f"{path}: {wrong}; `ranker train … --resume` sets it aside and goes on from the one before"
+        )
+
+
+def newest_whole(root: Path, ranks: Ranks) -> Path | None:
+    """The newest checkpoint of a run that is what was written; None where there is none. Those after it are told, and
+    set aside as ``damaged-step-…``."""
+    for path in reversed(all_of(root)):
+        wrong = fault(path, ranks)
+        if wrong is None:
+            return path
+        if ranks.first:
+            kept = path.with_name(f"damaged-{path.name}")
+            shutil.rmtree(kept, ignore_errors=True)
+            path.rename(kept)
+            log(f"WARNING: {path}: {wrong}; kept as {kept.name}, the checkpoint before it is taken")
+        ranks.barrier()
+    return None
 
 
 def load(path: Path, model: nn.Module, optimizer: CombinedOptimizer | None) -> None:
@@ -87,3 +147,8 @@ def remove(path: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
         shutil.rmtree(aside)
+
+
+def _sum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -86,7 +86,7 @@ def train(
     config: ConfigPath,
     out: Annotated[Path, typer.Option(help="run folder to make")],
     set_: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on from the run's last checkpoint")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="go on where --out has a run, else start it")] = False,
 ) -> None:
     """Train a ranker on a prepared dataset, in one process. For many: torchrun or torchx with `-m ranker.train`."""
     ensure_versions()

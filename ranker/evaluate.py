@@ -34,6 +34,7 @@ def restore(run: Run, ranks: Ranks) -> Ranker:
     model, _ = shard(
         build(spec, run.config, run.moments(), codewords_of(run.config, dataset)), run.config.tables, ranks
     )
+    checkpoint.check(run.best(), ranks)
     checkpoint.load(run.best(), model, None)
     return model  # type: ignore[return-value]
 

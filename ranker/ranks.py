@@ -36,11 +36,23 @@ class Ranks:
 
     def total(self, value: float) -> float:
         """The sum of `value` over ranks."""
+        return self.totals(value)[0]
+
+    def totals(self, *values: float) -> list[float]:
+        """The sum of each value over ranks, in one collective."""
         if self.world == 1:
-            return value
-        tensor = torch.tensor(value, dtype=torch.float64)
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(tensor)
-        return float(tensor)
+        return tensor.tolist()
+
+    def gathered(self, value: T) -> list[T]:
+        """Every rank's value, on every rank."""
+        if self.world == 1:
+            return [value]
+        values: list[T | None] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values  # type: ignore[return-value]
 
     def agree(self, make: Callable[[], T]) -> T:
         """What `make` gives on the first rank, on every rank; its UserError too, so that no rank waits in vain."""

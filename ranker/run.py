@@ -17,6 +17,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import sys
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
@@ -117,15 +118,17 @@ class Run:
 
     @classmethod
     def create(cls, root: Path, config: TrainConfig, dataset: Dataset, moments: Moments, world: int) -> Run:
-        """Make the folder.
+        """Make the folder, aside first: it is whole or absent.
 
         Raises:
             RunError: it exists and is not empty.
         """
         refuse_existing(root)
-        root.mkdir(parents=True, exist_ok=True)
-        write_text(root / "config.yaml", dump_config(config))
-        write_json(root / "moments.json", moments)
+        aside = root.absolute().with_name(f".{root.name}.new")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        write_text(aside / "config.yaml", dump_config(config))
+        write_json(aside / "moments.json", moments)
         info = {
             "dataset": {"name": dataset.manifest.name, "content_hash": dataset.manifest.content_hash},
             "codebooks": codebooks_of(config, dataset),
@@ -135,7 +138,8 @@ class Run:
             "versions": versions(),
             "command": sys.argv,
         }
-        write_json(root / "run.json", info)
+        write_json(aside / "run.json", info)
+        aside.rename(root)
         return cls(root)
 
     def go_on_with(self, config: TrainConfig) -> None:
@@ -196,12 +200,15 @@ class Run:
         """The checkpoint to use: the best validated, else the last.
 
         Raises:
-            RunError: there is none.
+            RunError: there is none, or no longer.
         """
         if not (checkpoints := self.checkpoints()):
             raise RunError(f"{self.root}: no checkpoint yet; go on with `ranker train … --out {self.root} --resume`")
         best = checkpoint.position_of(checkpoints[-1]).best_step
-        return checkpoints[-1] if best is None else checkpoint.path_of(self.root, best)
+        path = checkpoints[-1] if best is None else checkpoint.path_of(self.root, best)
+        if not path.is_dir():
+            raise RunError(f"{path}: the best checkpoint is gone; train the run again")
+        return path
 
 
 def refuse_existing(root: Path) -> None:

@@ -6,6 +6,7 @@ global batch.
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from ranker.doctor import ensure_healthy
 from ranker.embeddings import load_content
 from ranker.evaluation.metrics import Predictions, task_metrics
 from ranker.evaluation.predict import predict, refuse_not_finite, scoring_loader, selection_of
+from ranker.interruption import Interruption
 from ranker.learning_rates import LearningRates
 from ranker.model import Moments, Ranker
 from ranker.ranks import Ranks, join_ranks
@@ -95,6 +97,7 @@ class Trainer:
         self.cost = TrainingCost(sum(p.numel() for p in self.dense_parameters), tables)
         self.window = self._new_window()
         self.total = sys.maxsize
+        self.interruption, self.ending = Interruption(), False
         self.writer: SummaryWriter | None = None
         if ranks.first:
             for table, sharding, kernel, where in describe_plan(plan):
@@ -149,7 +152,8 @@ class Trainer:
         if self.ranks.first:
             self.writer = SummaryWriter(str(root / "tensorboard"), purge_step=self.position.step + 1)
         self.window = self._new_window()
-        with Progress("train", self.total, self.ranks.first, self.position.step) as progress:
+        progress = Progress("train", self.total, self.ranks.first, self.position.step)
+        with self.interruption.heard(), progress:
             while self.position.step < self.total and not self._patience_spent():
                 for batch in self.loader.batches(self.position.epoch, self.position.step_in_epoch):
                     self.step(batch.to(self.ranks.device), progress)
@@ -158,6 +162,8 @@ class Trainer:
                     if epoch_done:
                         self.position.epoch += 1
                         self.position.step_in_epoch = 0
+                    if self.ending:
+                        self._end_early(root)
                     last = self.position.step == self.total
                     gained = False
                     if self.validation and (last or self._due(config.validate_every, epoch_done)):
@@ -174,6 +180,13 @@ class Trainer:
         # a run that was resumed at its end keeps what it cost
         if self.ranks.first and (self.cost.steps or not (root / "training.json").exists()):
             write_json(root / "training.json", self.cost.content())
+
+    def _end_early(self, root: Path) -> None:
+        """On SIGTERM: a checkpoint, then the exit code of a process that a signal ended."""
+        self._save(root)
+        if self.ranks.first:
+            log(f"told to end (SIGTERM): checkpoint at step {self.position.step}; `--resume` goes on from there")
+        raise SystemExit(128 + signal.SIGTERM)
 
     def _due(self, every: int | None, epoch_done: bool) -> bool:
         return self.position.step % every == 0 if every else epoch_done
@@ -193,7 +206,9 @@ class Trainer:
         torch.manual_seed(_mixed(self.config.seed, self.position.step, self.ranks.rank))
         self.rates.set(self.position.step, self.total)
         self.optimizer.zero_grad()  # before the forward pass, which hands the tables' rate on to the backward's kernels
-        candidates = self.ranks.total(batch.candidates)
+        # one collective for both: a rank that is told to end takes the others along
+        candidates, ending = self.ranks.totals(batch.candidates, self.interruption.asked)
+        self.ending = ending > 0
         scores = self.model(batch)
         losses = esmm_loss(scores.logits, batch.labels)
         weights = torch.tensor([1.0, self.config.tasks.conversion_weight][: losses.numel()], device=losses.device)
@@ -313,17 +328,22 @@ class Trainer:
 def train(config: TrainConfig, out: Path, resume: bool = False) -> None:
     """Train a run into the folder `out`, on this process or on the ranks it is one of.
 
+    Args:
+        resume: go on from the run's newest whole checkpoint; without a run in `out`, start one, so that a scheduler can
+            start the same command again and again.
+
     Raises:
-        UserError: an unhealthy toolchain, a config that does not fit the dataset, a folder that exists (or, resuming,
-            does not).
+        UserError: an unhealthy toolchain, a config that does not fit the dataset or the run, a folder that exists (or,
+            resuming, is no run).
     """
     ensure_healthy(config.training.device)
     with join_ranks(config.training.device, config.training.threads, config.loader.workers) as ranks:
-        if resume:
+        if resume and ranks.agree(lambda: _begun(out)):
             run = Run(out)
             with training_alone(out, ranks):
                 run.go_on_with(config)
-                trainer = Trainer(config, run.dataset(), run.moments(), ranks, next(reversed(run.checkpoints()), None))
+                start = checkpoint.newest_whole(out, ranks)
+                trainer = Trainer(config, run.dataset(), run.moments(), ranks, start)
                 if ranks.first:
                     run.save_config()
                 trainer.fit(out)
@@ -336,6 +356,14 @@ def train(config: TrainConfig, out: Path, resume: bool = False) -> None:
             ranks.agree(lambda: Run.create(out, config, dataset, moments, ranks.world).root)
             with training_alone(out, ranks):
                 trainer.fit(out)
+
+
+def _begun(out: Path) -> bool:
+    """Whether there is a run to go on with; said where there is none."""
+    begun = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    if not begun:
+        log(f"{out}: no run to resume; a new one starts")
+    return begun
 
 
 def _moments(config: TrainConfig, dataset: Dataset) -> Moments:

@@ -41,6 +41,17 @@ def test_train_on_a_cluster():
     assert "ranker.train" in out
 
 
+def test_restarts_and_retries_go_on_from_checkpoints():
+    where = ("-s", "local_cwd", "launch/components.py:train", "--config", "c.yaml", "--out", "r")
+    restarts = dry_run(*where, "--max_restarts", "3", "--env", "A=1")
+    assert "-m ranker.train c.yaml --out r --resume" in restarts
+    assert "'PET_MAX_RESTARTS': '3'" in restarts
+    assert "'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1'" in restarts
+    assert "'A': '1'" in restarts
+    assert "--resume" in dry_run(*where, "--max_retries", "2")
+    assert "--resume" not in dry_run(*where)
+
+
 def test_evaluate():
     out = dry_run("-s", "local_cwd", "launch/components.py:evaluate", "--run", "runs/a", "--split", "valid")
     assert "-m ranker.evaluate runs/a --split valid" in out

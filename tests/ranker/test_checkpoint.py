@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,8 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from features.errors import UserError
 from ranker import checkpoint
 from ranker.config import TrainConfig
+from ranker.ranks import join_ranks
 from ranker.run import Run, RunError
 from ranker.trainer import Trainer, train
 
@@ -168,6 +173,95 @@ def test_what_does_not_change_the_model_may_change(trained: Path, config_of: Con
     assert run.config.training.epochs == 9
 
 
-def test_resuming_needs_a_run(config_of: ConfigOf, tmp_path: Path):
+def test_resuming_what_is_not_there_yet_starts_it(
+    config_of: ConfigOf, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """The same command again and again is what schedulers can do."""
+    config = config_of("training.max_steps=2")
+    (tmp_path / ".run.new").mkdir()  # of a process that was killed as it made the folder
+    (tmp_path / ".run.new" / "moments.json").write_text("{")
+    train(config, tmp_path / "run", resume=True)
+    assert "no run to resume; a new one starts" in capsys.readouterr().err
+    train(config, tmp_path / "run", resume=True)
+    assert [path.name for path in Run(tmp_path / "run").checkpoints()] == ["step-00000002"]
+    assert not (tmp_path / ".run.new").exists()
+
+
+def test_a_folder_that_is_no_run_is_not_resumed(config_of: ConfigOf, tmp_path: Path):
+    (tmp_path / "notes.txt").touch()
     with pytest.raises(RunError, match=r"no run.json; not a run folder"):
-        train(config_of(), tmp_path / "run", resume=True)
+        train(config_of(), tmp_path, resume=True)
+
+
+def first_line(path: Path) -> str:
+    return path.read_text().splitlines(keepends=True)[0]
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "__0_0.distcp is not what was written": lambda path: os.truncate(path / "__0_0.distcp", 100),
+    "position.json is not what was written": lambda path: (path / "position.json").write_text("{"),
+    ".metadata is missing": lambda path: (path / ".metadata").unlink(),
+    "SHA256SUMS is missing": lambda path: (path / "SHA256SUMS").unlink(),
+    "SHA256SUMS is cut": lambda path: os.truncate(path / "SHA256SUMS", 70),
+    "SHA256SUMS is cut ": lambda path: (path / "SHA256SUMS").write_text(first_line(path / "SHA256SUMS")),
+}
+
+
+@pytest.mark.parametrize("wrong", DAMAGES)
+def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken(
+    wrong: str,
+    straight: Path,
+    config_of: ConfigOf,
+    tmp_path: Path,
+    read_checkpoint: Read,
+    capsys: pytest.CaptureFixture[str],
+):
+    run = shutil.copytree(straight, tmp_path / "run")
+    *_, before, last = Run(run).checkpoints()
+    DAMAGES[wrong](last)
+    wrong = wrong.strip()
+    told = f"{last}: {re.escape(wrong)}; `ranker train … --resume` sets it aside"
+    with join_ranks("cpu") as ranks, pytest.raises(UserError, match=told):
+        checkpoint.check(last, ranks)
+    train(config_of(*OPTIONS), run, resume=True)
+    said = capsys.readouterr().err
+    assert f"WARNING: {last}: {wrong}; kept as damaged-{last.name}, the checkpoint before it is taken" in said
+    assert f"resumed from {before}" in said
+    assert (last.parent / f"damaged-{last.name}").is_dir()
+    found, wanted = read_checkpoint(last), read_checkpoint(Run(straight).checkpoints()[-1])
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
+def test_one_changed_bit_is_enough(straight: Path, tmp_path: Path):
+    path = shutil.copytree(Run(straight).checkpoints()[-1], tmp_path / "step")
+    with join_ranks("cpu") as ranks:
+        assert checkpoint.fault(path, ranks) is None
+        data = bytearray((path / "__0_0.distcp").read_bytes())
+        data[len(data) // 2] ^= 1
+        (path / "__0_0.distcp").write_bytes(data)
+        assert checkpoint.fault(path, ranks) == "__0_0.distcp is not what was written"
+
+
+def test_sigterm_leaves_a_checkpoint(
+    straight: Path, config_of: ConfigOf, tmp_path: Path, read_checkpoint: Read, capsys: pytest.CaptureFixture[str]
+):
+    """A scheduler's time is over: what was done is kept, the exit code is a signal's, the run goes on from there."""
+    run, config = tmp_path / "run", config_of(*OPTIONS)
+    with pytest.MonkeyPatch.context() as patch:
+        step = Trainer.step
+
+        def ended(self: Trainer, *arguments: object) -> None:
+            step(self, *arguments)  # type: ignore[arg-type]
+            if self.position.step == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        patch.setattr(Trainer, "step", ended)
+        with pytest.raises(SystemExit) as exit:
+            train(config, run)
+    assert exit.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert Run(run).checkpoints()[-1].name == "step-00000005"  # the step that was on its way is done
+    assert "checkpoint at step 5; `--resume` goes on from there" in capsys.readouterr().err
+    train(config, run, resume=True)
+    found, wanted = (read_checkpoint(Run(root).checkpoints()[-1]) for root in (run, straight))
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())

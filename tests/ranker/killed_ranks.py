@@ -1,0 +1,100 @@
+"""Training under torchrun in which a rank is killed (SIGKILL): at the begin of a step, or in the midst of a checkpoint.
+
+As a program it is one such rank: ``CONFIG OUT --kill RANK STEP PLACE``, in the first round of the elastic agent alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from launch.components import RESTARTED
+
+ROOT = Path(__file__).parents[2]
+
+
+class Kill(NamedTuple):
+    """Who is killed, when; place: ``step``, or ``checkpoint`` (the first at or after the step)."""
+
+    rank: int
+    step: int
+    place: str
+
+
+def run_ranks(config: Path, out: Path, options: Sequence[str], kill: Kill | None = None, ranks: int = 2) -> str:
+    """Train on some ranks, started again once if one dies; what they said.
+
+    Raises:
+        RuntimeError: they did not end well.
+    """
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--max-restarts", "1",
+        "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "tests.ranker.killed_ranks",
+        str(config), str(out), "--set", *options,
+    ]  # fmt: skip
+    if kill:
+        command += ["--kill", *map(str, kill)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", **RESTARTED}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    if done.returncode:
+        raise RuntimeError(f"exit code {done.returncode}:\n{done.stderr[-6000:]}")
+    return done.stderr
+
+
+def differences(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str]:
+    """Names of what is not the same to the last bit."""
+    same = {name for name in found.keys() & wanted.keys() if torch.equal(found[name], wanted[name])}
+    return sorted((found.keys() | wanted.keys()) - same)
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """One rank."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--set", nargs="+", default=[])
+    parser.add_argument("--kill", nargs=3)
+    given = parser.parse_args(arguments)
+
+    from features.config_file import load_config
+    from ranker import checkpoint, trainer
+    from ranker.config import TrainConfig
+
+    trainer.ensure_healthy = lambda device: None
+    if given.kill and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        kill = Kill(int(given.kill[0]), int(given.kill[1]), given.kill[2])
+        if int(os.environ["RANK"]) == kill.rank:
+            step, save = trainer.Trainer.step, checkpoint.dcp.save
+            saved: list[Callable[..., object]] = []
+
+            def killed_step(self: trainer.Trainer, *rest: object) -> None:
+                if self.position.step == kill.step:
+                    if kill.place == "step":
+                        _die()
+                    saved.append(save)
+                step(self, *rest)  # type: ignore[arg-type]
+
+            def killed_save(*rest: object, **named: object) -> None:
+                save(*rest, **named)  # type: ignore[arg-type]
+                if saved:
+                    _die()
+
+            trainer.Trainer.step, checkpoint.dcp.save = killed_step, killed_save  # type: ignore[assignment,method-assign]
+    trainer.train(load_config(given.config, TrainConfig, given.set), given.out, resume=True)
+
+
+if __name__ == "__main__":
+    main()
