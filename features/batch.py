@@ -89,3 +89,14 @@ def from_tensors(spec: FeatureSpec, tensors: dict[str, Tensor]) -> RequestBatch:
         sequence=keyed("sequence", sequence_keys(spec)),
         **plain,
     )
+
+
+def to_tensors(batch: RequestBatch) -> dict[str, Tensor]:
+    """The plain tensors that :func:`from_tensors` makes the same batch of."""
+    tensors: dict[str, Tensor] = {}
+    for name, x in batch._asdict().items():
+        if isinstance(x, KeyedJaggedTensor):
+            tensors |= {f"{name}.values": x.values(), f"{name}.lengths": x.lengths()}
+        else:
+            tensors[name] = x
+    return tensors

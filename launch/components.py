@@ -16,7 +16,7 @@ import torchx.components.utils as utils
 import torchx.specs as specs
 
 # For torchrun, which dist.ddp says nothing to. By default its processes meet in a store that outlives them: one that is
-# is started again can read an address that a dead one left there, and wait for it in vain.
+# started again can read an address that a dead one left there, and wait for it in vain.
 RESTARTED = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 

@@ -43,6 +43,8 @@ class Position(BaseModel):
     """the monitored metric at its best, the greater the better"""
     best_step: int | None = None
     stale_validations: int = 0
+    skipped: int = 0
+    """batches that would have ruined the model"""
 
 
 def path_of(root: Path, step: int) -> Path:

@@ -86,6 +86,15 @@ class OptimizerConfig(Strict):
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
 
 
+class DivergenceConfig(Strict):
+    """What becomes of a batch whose loss is not finite or beyond a limit. It updates nothing, and is kept in the run's
+    folder."""
+
+    policy: Literal["stop", "skip"] = Field(default="stop", description="end the run, or go on with the next batch")
+    max_loss: float | None = Field(default=None, gt=0, description="greatest loss of a step, all tasks; none: any")
+    max_skipped: int = Field(default=10, ge=1, description="batches of a run that may be skipped; then it ends")
+
+
 class TrainingConfig(Strict):
     """How long, how often, when to stop."""
 
@@ -106,6 +115,7 @@ class TrainingConfig(Strict):
         default=None, ge=1, description="steps between checkpoints; default: each epoch's end"
     )
     keep_checkpoints: int = Field(default=2, ge=1)
+    divergence: DivergenceConfig = Field(default_factory=DivergenceConfig)
     log_every: int = Field(default=50, ge=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = Field(

@@ -28,6 +28,7 @@ from ranker import checkpoint
 from ranker.blocks import Codewords
 from ranker.checkpoint import Position
 from ranker.config import TrainConfig
+from ranker.divergence import Divergence
 from ranker.doctor import ensure_healthy
 from ranker.embeddings import load_content
 from ranker.evaluation.metrics import Predictions, task_metrics
@@ -63,6 +64,7 @@ class _Window:
     candidates: float = 0.0
     requests: float = 0.0
     clicks: float = 0.0
+    norm: float = 0.0
     started: float = 0.0
 
 
@@ -98,6 +100,7 @@ class Trainer:
         self.window = self._new_window()
         self.total = sys.maxsize
         self.interruption, self.ending = Interruption(), False
+        self.divergence = Divergence(config.training.divergence, ranks)
         self.writer: SummaryWriter | None = None
         if ranks.first:
             for table, sharding, kernel, where in describe_plan(plan):
@@ -146,6 +149,7 @@ class Trainer:
     def fit(self, root: Path) -> None:
         """Train to the end, all epochs, the step limit, or patience spent, and write into the run folder `root`."""
         config = self.config.training
+        self.divergence.root = root
         epoch_steps = self.loader.steps()
         ahead = epoch_steps * (config.epochs - self.position.epoch) - self.position.step_in_epoch
         self.total = min(self.position.step + max(ahead, 0), config.max_steps or sys.maxsize)
@@ -196,10 +200,10 @@ class Trainer:
         return patience is not None and self.position.stale_validations >= patience
 
     def step(self, batch: RequestBatch, progress: Progress) -> None:
-        """Train on one batch.
+        """Train on one batch, or skip it, as `training.divergence` says.
 
         Raises:
-            UserError: the gradient is not finite; nothing is updated.
+            UserError: training diverged; on every rank.
         """
         self.model.train()
         # what dropout masks is a function of seed, step and rank alone, so that a resumed run masks the same
@@ -221,23 +225,24 @@ class Trainer:
         of_blocks = click_losses(scores.click_logits, batch.labels)
         auxiliary = auxiliary + (of_blocks * of_blocks.new_tensor(self.config.search_weights)).sum() * share
         loss = loss + auxiliary
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.dense_parameters, self.config.optimizer.clip_norm)
-        if not torch.isfinite(norm):
-            raise UserError(
-                f"step {self.position.step + 1}: the gradient is {float(norm)}; lower optimizer.lr or tables.lr, or "
-                "look for extreme values in features.dense"
-            )
-        self.optimizer.step()
+        whole = self.ranks.total(float(loss.detach())) / self.ranks.world
+        if not self.divergence.skips(batch, whole, self.position):
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(self.dense_parameters, self.config.optimizer.clip_norm)
+            if not torch.isfinite(norm):
+                state = "tables were updated by it, dense parameters not; `--resume` goes on from the last checkpoint"
+                self.divergence.stop(batch, f"the gradient is {float(norm)}", state, self.position)
+            self.optimizer.step()
+            self.window.norm = float(norm)
+            self.window.losses += losses.detach()
+            self.window.auxiliary += auxiliary.detach()
+            self.window.steps += 1
+            self.window.candidates += batch.candidates
+            self.window.requests += batch.requests
+            self.window.clicks += float(batch.labels[:, 0].sum())
         self.position.step += 1
-        self.window.losses += losses.detach()
-        self.window.auxiliary += auxiliary.detach()
-        self.window.steps += 1
-        self.window.candidates += batch.candidates
-        self.window.requests += batch.requests
-        self.window.clicks += float(batch.labels[:, 0].sum())
         if self.position.step % self.config.training.log_every == 0 or self.position.step == self.total:
-            self._log(float(norm), progress)
+            self._log(progress)
         progress.advance()
 
     def _new_window(self) -> _Window:
@@ -245,7 +250,7 @@ class Trainer:
         losses, auxiliary = torch.zeros(tasks, device=self.ranks.device), torch.zeros([], device=self.ranks.device)
         return _Window(losses, auxiliary, started=time.perf_counter())
 
-    def _log(self, norm: float, progress: Progress) -> None:
+    def _log(self, progress: Progress) -> None:
         window, step = self.window, self.position.step
         seconds = time.perf_counter() - window.started
         counts = (window.candidates, window.requests, window.clicks)
@@ -258,7 +263,8 @@ class Trainer:
         scalars |= {
             "loss/auxiliary": self.ranks.total(float(window.auxiliary)) / max(window.steps * self.ranks.world, 1),
             "train/ne": losses[0] / entropy,
-            "train/gradient_norm": norm,
+            "train/gradient_norm": window.norm,
+            "train/skipped_batches": self.position.skipped,
             "train/learning_rate": self.adam.param_groups[0]["lr"],
             "speed/requests_per_s": requests / seconds,
             "speed/candidates_per_s": candidates / seconds,

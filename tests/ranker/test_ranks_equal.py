@@ -183,7 +183,7 @@ def test_run_json_counts_the_ranks(runs: Path):
         ("planner", "no place for the tables under tables.pooled_sharding=['row_wise']"),
         ("label", "tasks.click: 'clicked' is not a label"),
         ("exists", "exists; choose another --out"),
-        ("diverged", "the gradient is "),
+        ("diverged", "; lower optimizer.lr or tables.lr"),
         ("too few shards", "loader.shards: 1 shards are too few for 2 ranks"),
     ],
 )

@@ -135,7 +135,7 @@ REFUSED = {
     "tables.dims={user: 6}": "tables.dims.user: 6; must be a multiple of 4",
     "tables.pooled_sharding=[row_wise]": "tables.pooled_sharding=",
     "loader.shards=5": "4 partitions are too few for 5 shards",
-    "optimizer.lr=1e30": "step [23]: the gradient is (nan|inf); lower optimizer.lr",
+    "optimizer.lr=1e30": "step [23]: the (gradient|loss) is (nan|inf); lower optimizer.lr",
 }
 
 
