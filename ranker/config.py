@@ -124,6 +124,10 @@ class TrainingConfig(Strict):
         description="CPU threads of each rank; default: cores / ranks on the machine − loader workers",
     )
 
+    collective_timeout_s: float = Field(
+        default=600.0, gt=0, description="how long ranks wait for one that is late, as in a collective"
+    )
+
     @model_validator(mode="after")
     def _early_stopping_needs_validation(self) -> TrainingConfig:
         if self.patience is not None and self.validation_split in self.splits:

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -18,6 +19,9 @@ import torch.distributed as dist
 from features.errors import UserError
 
 T = TypeVar("T")
+
+# how collectives say that another rank is gone or late (gloo, NCCL, the store)
+_LOST = ("Timed out waiting", "Connection closed by peer", "Connection reset by peer", "timeout", "Broken pipe")
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,8 @@ class Ranks:
     world: int
     local_world: int
     device: torch.device
+    timeout_s: float = 600.0
+    """how long a collective waits for the others"""
 
     @property
     def first(self) -> bool:
@@ -73,6 +79,23 @@ class Ranks:
         if self.world > 1:
             dist.barrier()
 
+    @contextmanager
+    def named(self, where: Callable[[], str]) -> Generator[None]:
+        """Say which rank it was, and where, when a collective in here does not come to its end.
+
+        Raises:
+            RuntimeError: another rank died, or did not come within the timeout.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self.world > 1 and any(sign in str(error) for sign in _LOST):
+                raise RuntimeError(
+                    f"rank {self.rank} of {self.world}, {where()}: another rank died, or did not come within "
+                    f"{self.timeout_s:g} s (training.collective_timeout_s); its own log says why"
+                ) from error
+            raise
+
 
 def _quiet_libraries() -> None:
     """Silence what the libraries say of their own internals at every start; errors still show."""
@@ -110,7 +133,9 @@ def _cuda_device(local_rank: int) -> torch.device:
 
 
 @contextmanager
-def join_ranks(device: str = "auto", threads: int | None = None, workers: int = 0) -> Generator[Ranks]:
+def join_ranks(
+    device: str = "auto", threads: int | None = None, workers: int = 0, timeout_s: float = 600.0
+) -> Generator[Ranks]:
     """Join the process group that the environment describes, or make one of this process alone; leave it at the end.
 
     Args:
@@ -118,6 +143,7 @@ def join_ranks(device: str = "auto", threads: int | None = None, workers: int = 
         threads: CPU threads of this process; default: the machine's cores divided by its ranks, less the loader's
             workers. More threads than cores cost far more than they bring: OpenMP's threads spin while they wait.
         workers: loader processes of this rank.
+        timeout_s: how long a collective waits for the others.
 
     Raises:
         UserError: there is no CUDA device for this rank.
@@ -135,10 +161,10 @@ def join_ranks(device: str = "auto", threads: int | None = None, workers: int = 
     torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_world - workers))
     backend = "cuda:nccl,cpu:gloo" if cuda else "gloo"
     if "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        yield Ranks(rank, world, local_world, where)
+        yield Ranks(rank, world, local_world, where, timeout_s)
     finally:
         dist.destroy_process_group()

@@ -157,7 +157,7 @@ class Trainer:
             self.writer = SummaryWriter(str(root / "tensorboard"), purge_step=self.position.step + 1)
         self.window = self._new_window()
         progress = Progress("train", self.total, self.ranks.first, self.position.step)
-        with self.interruption.heard(), progress:
+        with self.interruption.heard(), self.ranks.named(lambda: f"step {self.position.step + 1}"), progress:
             while self.position.step < self.total and not self._patience_spent():
                 for batch in self.loader.batches(self.position.epoch, self.position.step_in_epoch):
                     self.step(batch.to(self.ranks.device), progress)
@@ -343,7 +343,8 @@ def train(config: TrainConfig, out: Path, resume: bool = False) -> None:
             resuming, is no run).
     """
     ensure_healthy(config.training.device)
-    with join_ranks(config.training.device, config.training.threads, config.loader.workers) as ranks:
+    options = config.training
+    with join_ranks(options.device, options.threads, config.loader.workers, options.collective_timeout_s) as ranks:
         if resume and ranks.agree(lambda: _begun(out)):
             run = Run(out)
             with training_alone(out, ranks):
