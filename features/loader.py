@@ -7,6 +7,7 @@ global batches stay the same whatever the number of ranks. :mod:`features.schedu
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -62,6 +63,11 @@ class LoaderConfig(Strict):
 def _ranges(info: PartitionInfo, splits: tuple[Split, ...]) -> list[tuple[int, int]]:
     """The rows of these splits in a partition's requests."""
     return [info.requests.get(split, (0, 0)) for split in splits]
+
+
+def _leave_sigterm_to_the_parent(worker: int) -> None:
+    """Schedulers tell every process of a job to end; the parent does so when it has saved its work, and ends us."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _check_labels(dataset: Dataset, what: str, names: tuple[str, ...], available: list[str]) -> None:
@@ -243,6 +249,7 @@ class Loader:
             sampler=steps,
             collate_fn=cast(Any, pack),  # without a batch size it is given one sample, not a list as its type says
             num_workers=self._config.workers,
+            worker_init_fn=_leave_sigterm_to_the_parent,
             prefetch_factor=self._config.prefetch,
             generator=Generator(),  # by default it would draw from the global one, whose state belongs to the model
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import shutil
@@ -242,18 +243,24 @@ def test_one_changed_bit_is_enough(straight: Path, tmp_path: Path):
         assert checkpoint.fault(path, ranks) == "__0_0.distcp is not what was written"
 
 
+@pytest.mark.parametrize("workers", [0, 1])
 def test_sigterm_leaves_a_checkpoint(
-    straight: Path, config_of: ConfigOf, tmp_path: Path, read_checkpoint: Read, capsys: pytest.CaptureFixture[str]
-):
-    """A scheduler's time is over: what was done is kept, the exit code is a signal's, the run goes on from there."""
-    run, config = tmp_path / "run", config_of(*OPTIONS)
+    workers: int, straight: Path, config_of: ConfigOf, tmp_path: Path, read_checkpoint: Read,
+    capsys: pytest.CaptureFixture[str],
+):  # fmt: skip
+    """A scheduler's time is over, and all processes of the job are told so: what was done is kept, the exit code is a
+    signal's, the run goes on from there."""
+    run, config = tmp_path / "run", config_of(*OPTIONS, f"loader.workers={workers}")
     with pytest.MonkeyPatch.context() as patch:
         step = Trainer.step
 
         def ended(self: Trainer, *arguments: object) -> None:
             step(self, *arguments)  # type: ignore[arg-type]
             if self.position.step == 4:
-                os.kill(os.getpid(), signal.SIGTERM)
+                children = [child.pid for child in multiprocessing.active_children()]
+                assert len(children) == workers
+                for process in (*children, os.getpid()):
+                    os.kill(process, signal.SIGTERM)
 
         patch.setattr(Trainer, "step", ended)
         with pytest.raises(SystemExit) as exit:
