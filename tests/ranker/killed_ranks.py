@@ -1,6 +1,6 @@
 """Training under torchrun in which a rank is killed (SIGKILL): at the begin of a step, or in the midst of a checkpoint.
 
-As a program it is one such rank: ``CONFIG OUT --kill RANK STEP PLACE``, in the first round of the elastic agent alone.
+As a program it is one such rank: ``CONFIG OUT --kill RANK STEP PLACE``, once in the run's life.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -30,24 +31,43 @@ class Kill(NamedTuple):
     place: str
 
 
-def run_ranks(config: Path, out: Path, options: Sequence[str], kill: Kill | None = None, ranks: int = 2) -> str:
+def run_ranks(
+    config: Path, out: Path, options: Sequence[str], kill: Kill | None = None, ranks: int = 2, agents: int = 1
+) -> str:
     """Train on some ranks, started again once if one dies; what they said.
+
+    Args:
+        agents: elastic agents that share the ranks, as on so many machines.
 
     Raises:
         RuntimeError: they did not end well.
     """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--max-restarts", "1",
-        "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "tests.ranker.killed_ranks",
-        str(config), str(out), "--set", *options,
+        sys.executable, "-m", "torch.distributed.run", "--nnodes", str(agents), "--nproc-per-node",
+        str(ranks // agents), "--max-restarts", "1", "--rdzv-backend", "c10d", "--rdzv-id", out.name,
+        "--rdzv-endpoint", f"127.0.0.1:{port}", "-m", "tests.ranker.killed_ranks", str(config), str(out),
+        "--set", *options,
     ]  # fmt: skip
     if kill:
         command += ["--kill", *map(str, kill)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", **RESTARTED}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    if done.returncode:
-        raise RuntimeError(f"exit code {done.returncode}:\n{done.stderr[-6000:]}")
-    return done.stderr
+    logs = [out.with_name(f"{out.name}.{agent}.log") for agent in range(agents)]
+    started: list[subprocess.Popen[bytes]] = []
+    try:
+        for log in logs:
+            with log.open("wb") as file:
+                started.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file))
+        codes = [agent.wait(timeout=300) for agent in started]
+    finally:
+        for agent in started:
+            agent.kill()
+    said = "\n".join(log.read_text() for log in logs)
+    if any(codes):
+        raise RuntimeError(f"exit codes {codes}:\n{said[-6000:]}")
+    return said
 
 
 def differences(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str]:
@@ -56,8 +76,10 @@ def differences(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str
     return sorted((found.keys() | wanted.keys()) - same)
 
 
-def _die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+def _die(once: Path) -> None:
+    if not once.exists():
+        once.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -74,7 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from ranker.config import TrainConfig
 
     trainer.ensure_healthy = lambda device: None
-    if given.kill and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    killed = given.out.with_name(f"{given.out.name}.killed")
+    if given.kill and not killed.exists():
         kill = Kill(int(given.kill[0]), int(given.kill[1]), given.kill[2])
         if int(os.environ["RANK"]) == kill.rank:
             step, save = trainer.Trainer.step, checkpoint.dcp.save
@@ -83,14 +106,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             def killed_step(self: trainer.Trainer, *rest: object) -> None:
                 if self.position.step == kill.step:
                     if kill.place == "step":
-                        _die()
+                        _die(killed)
                     saved.append(save)
                 step(self, *rest)  # type: ignore[arg-type]
 
             def killed_save(*rest: object, **named: object) -> None:
                 save(*rest, **named)  # type: ignore[arg-type]
                 if saved:
-                    _die()
+                    _die(killed)
 
             trainer.Trainer.step, checkpoint.dcp.save = killed_step, killed_save  # type: ignore[assignment,method-assign]
     trainer.train(load_config(given.config, TrainConfig, given.set), given.out, resume=True)

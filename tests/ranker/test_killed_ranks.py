@@ -39,3 +39,16 @@ def test_a_killed_rank(
     last, expected = (Run(root).checkpoints()[-1] for root in (tmp_path / "run", undisturbed))
     assert last.name == expected.name
     assert differences(read_checkpoint(last), read_checkpoint(expected)) == []
+
+
+def test_two_agents_train_together_and_survive_a_kill(
+    undisturbed: Path, config_file: Path, tmp_path: Path, read_checkpoint: Callable[[Path], dict[str, Tensor]]
+):
+    """As two machines with a rank each: the agent whose rank lives is told to start it again too."""
+    said = run_ranks(config_file, tmp_path / "run", OPTIONS, Kill(1, 4, "step"), agents=2)
+    assert (tmp_path / "run.killed").exists()
+    assert said.count("resumed from") == 1
+    assert Run(tmp_path / "run").info["ranks"] == 2
+    last, expected = (Run(root).checkpoints()[-1] for root in (tmp_path / "run", undisturbed))
+    assert last.name == expected.name
+    assert differences(read_checkpoint(last), read_checkpoint(expected)) == []
