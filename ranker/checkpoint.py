@@ -68,8 +68,7 @@ def save(path: Path, model: nn.Module, optimizer: CombinedOptimizer, position: P
     ranks.barrier()
     if ranks.first:
         (aside / POSITION).write_text(position.model_dump_json())
-    ranks.barrier()
-    names = sorted(file.name for file in aside.iterdir())
+    names = ranks.agree(lambda: sorted(file.name for file in aside.iterdir()))
     sums = ranks.gathered([f"{_sum(aside / name)}  {name}\n" for name in names[ranks.rank :: ranks.world]])
     if ranks.first:
         (aside / SUMS).write_text("".join(line for lines in sums for line in lines))
