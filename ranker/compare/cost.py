@@ -142,8 +142,14 @@ def _block(
     method = cast(Any, block.block)
     encode_s, memory = _median_s(lambda: method.encode(own_history, probes), sizes.repeats)
     read_s, _ = _median_s(lambda: method.read(memory, own_target), sizes.repeats)
-    stored = sum(x.numel() * x.element_size() for x in memory if isinstance(x, Tensor))
-    return PartCost(whole.type, 1e6 * encode_s, 1e6 * read_s / sizes.candidates, stored)
+    return PartCost(whole.type, 1e6 * encode_s, 1e6 * read_s / sizes.candidates, stored_bytes(memory))
+
+
+def stored_bytes(memory: object) -> int:
+    """Of all tensors of a memory, which may hold another's."""
+    if isinstance(memory, Tensor):
+        return memory.numel() * memory.element_size()
+    return sum(stored_bytes(part) for part in cast("tuple[object, ...]", memory)) if isinstance(memory, tuple) else 0
 
 
 def _median_s(run: Callable[[], T], repeats: int) -> tuple[float, T]:

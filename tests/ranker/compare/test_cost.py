@@ -11,8 +11,9 @@ import torch
 from features.config_file import load_config
 from features.dataset import Dataset
 from features.selection import resolve
-from ranker.compare.cost import JOBS, Job, Sizes, generated_request, main, measure_cost, timed_part
+from ranker.compare.cost import JOBS, Job, Sizes, generated_request, main, measure_cost, stored_bytes, timed_part
 from ranker.config import TrainConfig
+from ranker.longseq.groups.grouped import GroupMemory
 
 SIZES = Sizes(candidates=4, groups=2, repeats=1)
 CODES = ("features.sequence=[item, item.sid_1]", "features.codes=[item.sid_1, item.sid_2]")
@@ -105,3 +106,9 @@ def test_a_bad_job_is_told_and_the_others_are_done(configs: Path, tmp_path: Path
     found = json.loads((tmp_path / "mean.json").read_text())
     assert [cost["length"] for cost in found["costs"]] == [3]
     assert "1 thread" in found["machine"]
+
+
+def test_a_memory_within_a_memory_counts():
+    """As the C-Former's, which holds the interests that a training loss reads and what candidates attend to."""
+    inner = GroupMemory(torch.zeros(1, 4, 2, 8), torch.zeros(1, 4, 2, 8), torch.zeros(1, 4))
+    assert stored_bytes((torch.zeros(3, dtype=torch.int64), inner)) == 3 * 8 + 4 * (64 + 64 + 4)
