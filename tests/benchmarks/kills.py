@@ -46,7 +46,7 @@ def main() -> None:
     draw = random.Random(given.seed)
     options = [
         f"dataset={given.dataset.absolute()}", f"training.max_steps={given.steps}", "training.checkpoint_every=5",
-        "training.validate_every=10", "training.threads=1", "training.device=cpu", "model.tower.dropout=0.2",
+        "training.validation_split=null", "training.threads=1", "training.device=cpu", "model.tower.dropout=0.2",
         "loader.drop_item=0.1", "loader.requests=32",
     ]  # fmt: skip
     print(machine("torch", "torchrec", threads=1))
