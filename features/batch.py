@@ -54,6 +54,11 @@ class RequestBatch(NamedTuple):
         """The same batch on `device`."""
         return RequestBatch(**{name: x.to(device, non_blocking=non_blocking) for name, x in self._asdict().items()})
 
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Keep the memory of its tensors until `stream` is through with them."""
+        for x in self:
+            x.record_stream(stream)  # type: ignore[arg-type]
+
     @property
     def requests(self) -> int:
         """R."""

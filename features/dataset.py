@@ -4,8 +4,8 @@ Layout::
 
     manifest.json                    written last; a folder without it is not a dataset
     items.arrow                      one row per dense item index; row 0 is the reserved, unknown item
-    vocabularies/SCOPE.NAME.arrow    columns `value`, `index`; index 0 is reserved and not listed
-    vocabularies/item.arrow, vocabularies/user.arrow      raw id → dense index, all rows
+    vocabularies/SCOPE.NAME.arrow    columns `value`, `index`; index 0 is reserved and not listed; none where hashed
+    vocabularies/item.arrow, vocabularies/user.arrow      raw id → dense index, all rows; none of hashed users
     semantic_ids/NAME-HASH.arrow     codes of a codebook, one row per dense item index; more columns of the item table
     semantic_ids/NAME-HASH.safetensors  its codewords
     partitions/00000/histories.arrow one row per user, the whole event log sorted by time
@@ -17,6 +17,9 @@ memory map. Column names carry their scope: ``item.genre``, ``user.device``, ``e
 
 Dense item indices are ordered so that no look-up is needed to tell known from unknown: 1 … `known_items` − 1 are the
 vocabulary (most frequent first), larger ones occur only outside the training period. The same holds for users.
+
+Where items' or users' ids are hashed (:mod:`features.hashing`), the dense index still names them; the row that the
+feature `item` or `user` reads is in the column ``bucket`` of the item table or of histories.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +38,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from features.errors import UserError
+from features.hashing import FUNCTION
 from features.schema import SPLITS, Kind, Split
 
 FORMAT_VERSION = 1
@@ -48,14 +53,27 @@ class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class HashInfo(_Record):
+    """Ids that became rows by a hash (:mod:`features.hashing`), and how many of them met in one."""
+
+    function: Literal["md5_64"] = FUNCTION
+    buckets: int
+    """rows beside row 0"""
+    ids: int
+    """distinct ids of the logs"""
+    sharing: int
+    """those of them whose row is another's too"""
+
+
 class ColumnInfo(_Record):
     """One stored column: `size` counts ids including the reserved 0 (categorical, bag); `dim` floats (vector);
-    `codebook` names the semantic IDs it belongs to."""
+    `codebook` names the semantic IDs it belongs to; `hashed` is there where the values have no vocabulary."""
 
     kind: Kind
     size: int = 0
     dim: int = 0
     codebook: str | None = None
+    hashed: HashInfo | None = None
 
 
 class CodebookInfo(_Record):
@@ -87,6 +105,9 @@ class SplitInfo(_Record):
     positives: dict[str, int]
     unknown_items: int = 0
     """candidates whose item is outside the vocabulary"""
+    unknown: dict[str, tuple[int, int]] = {}
+    """ids outside their vocabulary, and all ids, by feature that has one and may lack some (`user`, `item`,
+    ``SCOPE.NAME``): users and requests count once a request, items and candidates once an impression"""
 
 
 class PartitionInfo(_Record):
@@ -113,6 +134,8 @@ class Manifest(_Record):
     events: int
     columns: dict[str, dict[str, ColumnInfo]]
     """by scope, then name"""
+    hashed_ids: dict[Literal["user", "item"], HashInfo] = {}
+    """of the users' and items' ids, where they are hashed"""
     labels: list[str]
     oracles: list[str]
     """labels whose true probability is stored beside them (generated data only)"""
@@ -131,6 +154,19 @@ class Manifest(_Record):
     def filled_splits(self) -> list[Split]:
         """Splits that have requests, in the order train, valid, test."""
         return [split for split in SPLITS if split in self.splits and self.splits[split].requests]
+
+    def id_rows(self, kind: Literal["user", "item"]) -> int:
+        """Rows of a table of users' or items' ids, row 0 included."""
+        if kind in self.hashed_ids:
+            return self.hashed_ids[kind].buckets + 1
+        return self.known_items if kind == "item" else self.known_users
+
+    def hashed(self, feature: str) -> HashInfo | None:
+        """How the ids of a feature (`user`, `item` or ``SCOPE.NAME``) are hashed; None where they are not."""
+        if feature == "user" or feature == "item":
+            return self.hashed_ids.get(feature)
+        scope, _, name = feature.partition(".")
+        return self.columns[scope][name].hashed
 
     def codebooks_behind(self, features: Iterable[str]) -> dict[str, CodebookInfo]:
         """The codebooks whose columns are among `features` (``item.NAME``), by name."""
@@ -208,7 +244,8 @@ class Dataset:
             )
 
     def items(self) -> pa.RecordBatch:
-        """The item table: row = dense item index; columns ``id`` and ``item.NAME``, semantic IDs included."""
+        """The item table: row = dense item index; columns ``id`` and ``item.NAME``, semantic IDs included; ``bucket``
+        int32 where items are hashed."""
         items = read_arrow(self.root / "items.arrow")
         for info in self.manifest.codebooks.values():
             path = self.root / f"{info.file}.arrow"
@@ -251,7 +288,7 @@ class Dataset:
 
     def histories(self, partition: int) -> pa.RecordBatch:
         """One row per user: ``user`` int32 (dense index), ``item`` list<int32>, ``time`` list<int64> (ms),
-        ``event.NAME`` lists, ``user.NAME``."""
+        ``event.NAME`` lists, ``user.NAME``; ``bucket`` int32 where users are hashed."""
         return read_arrow(partition_dir(self.root, partition) / "histories.arrow")
 
     def requests(self, partition: int) -> pa.RecordBatch:
@@ -261,8 +298,12 @@ class Dataset:
         return read_arrow(partition_dir(self.root, partition) / "requests.arrow")
 
     def vocabulary_hash(self) -> str:
-        """SHA-256 over the vocabularies: two datasets with the same one give every id the same row."""
-        digest = hashlib.sha256()
+        """SHA-256 over the vocabularies and the rules of hashed ids: two datasets with the same one give every id the
+        same row."""
+        hashed = {kind: info.buckets for kind, info in self.manifest.hashed_ids.items()}
+        for scope, columns in self.manifest.columns.items():
+            hashed |= {f"{scope}.{name}": info.hashed.buckets for name, info in columns.items() if info.hashed}
+        digest = hashlib.sha256(json.dumps({FUNCTION: hashed}, sort_keys=True).encode() if hashed else b"")
         for path in sorted((self.root / "vocabularies").iterdir()):
             digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
         return digest.hexdigest()

@@ -8,12 +8,13 @@ global batches stay the same whatever the number of ranks. :mod:`features.schedu
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any, cast
 
 import numpy as np
+import torch
 from pydantic import Field
-from torch import Generator, Tensor
+from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
@@ -235,7 +236,7 @@ class Loader:
         """Steps of an epoch: the same on every rank."""
         return self.epoch(epoch).steps
 
-    def batches(self, epoch: int = 0, first_step: int = 0) -> Iterator[RequestBatch]:
+    def batches(self, epoch: int = 0, first_step: int = 0) -> Generator[RequestBatch]:
         """The batches of an epoch from `first_step` on; every rank yields equally many."""
         source = self.epoch(epoch)
         steps = range(first_step, source.steps)
@@ -251,6 +252,6 @@ class Loader:
             num_workers=self._config.workers,
             worker_init_fn=_leave_sigterm_to_the_parent,
             prefetch_factor=self._config.prefetch,
-            generator=Generator(),  # by default it would draw from the global one, whose state belongs to the model
+            generator=torch.Generator(),  # by default the global one, whose state belongs to the model
         )
         return map(unpack, packed)

@@ -79,7 +79,9 @@ class Reader:
 
     def __init__(self, dataset: Dataset, selection: Selection, drop: Drop) -> None:
         self._dataset, self._selection, self._drop = dataset, selection, drop
-        self._known_items, self._known_users = dataset.manifest.known_items, dataset.manifest.known_users
+        manifest = dataset.manifest
+        self._item_rows, self._user_rows = manifest.id_rows("item"), manifest.id_rows("user")
+        self._hashed = manifest.hashed_ids
 
     @cached_property
     def _items(self) -> File:
@@ -116,7 +118,8 @@ class Reader:
         event_item = events("item")
         items = np.concatenate([event_item, candidate_item])
         dropped = bernoulli(rng, self._drop.item, items.size)
-        item_ids = known(items, self._known_items, dropped)
+        ids = self._items.flat("bucket")[items] if "item" in self._hashed else items
+        item_ids = known(ids, self._item_rows, dropped)
         event_id, candidate_id = item_ids[: event_item.size], item_ids[event_item.size :]
         of_events = dropped < event_item.size
         event_dropped, candidate_dropped = dropped[of_events], dropped[~of_events] - event_item.size
@@ -151,7 +154,8 @@ class Reader:
 
         def of_request(feature: Feature) -> tuple[Array, Ints]:
             if feature.name == "user":
-                return _single(known(user.copy(), self._known_users, bernoulli(rng, self._drop.user, user.size)))
+                ids = partition.histories.flat("bucket")[row] if "user" in self._hashed else user.copy()
+                return _single(known(ids, self._user_rows, bernoulli(rng, self._drop.user, user.size)))
             if feature.scope == "user":
                 return _rows(partition.histories, feature.name, row)
             return _rows(partition.requests, feature.name, requests)

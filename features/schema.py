@@ -12,6 +12,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from features.hashing import MOST_BUCKETS
+
 Scope = Literal["user", "item", "event", "request", "candidate"]
 Kind = Literal["categorical", "bag", "dense", "vector", "text"]
 TimeUnit = Literal["s", "ms", "us", "ns"]
@@ -43,6 +45,12 @@ class ColumnConfig(Strict):
         default=None, description="categorical only: ascending bucket edges for a numeric source"
     )
     min_count: int = Field(default=1, ge=1, description="values seen less often in training go to the reserved row 0")
+    hash_buckets: int | None = Field(
+        default=None,
+        ge=1,
+        le=MOST_BUCKETS,
+        description="categorical and bag only: no vocabulary, values are hashed to so many rows; for ids without end",
+    )
     transform: Literal["none", "log1p"] = Field(default="none", description="dense only: applied before storing")
     default: float | None = Field(default=None, description="dense only: replaces null; without it null is an error")
 
@@ -54,7 +62,20 @@ class ColumnConfig(Strict):
             raise ValueError(f"edges: must ascend strictly, got {self.edges}")
         if self.separator is not None and self.kind != "bag":
             raise ValueError(f"separator: only a bag column has a separator, this one is {self.kind}")
+        if self.hash_buckets is not None:
+            self._can_be_hashed()
         return self
+
+    def _can_be_hashed(self) -> None:
+        if self.kind not in ("categorical", "bag"):
+            raise ValueError(f"hash_buckets: only a categorical or bag column can be hashed, this one is {self.kind}")
+        if self.edges is not None:
+            raise ValueError("hash_buckets: a column with edges has few values and needs no hash; remove one of both")
+        if self.min_count > 1:
+            raise ValueError(
+                f"hash_buckets: a hashed column has no vocabulary to keep rare values out of; remove min_count "
+                f"({self.min_count}), or hash_buckets"
+            )
 
 
 class ColumnsConfig(Strict):
@@ -198,6 +219,11 @@ class SplitConfig(Strict):
         default="column",
         description="column: the source names the split; time: by instants; last: by each user's last requests",
     )
+    train_from: str | None = Field(
+        default=None,
+        description="by time: ISO instant (UTC) at which training starts; requests before it are left out, but count "
+        "for vocabularies and counters' sums: their users and items are known; priors are of the training split",
+    )
     valid_from: str | None = Field(default=None, description="by time: ISO instant (UTC) at which validation starts")
     test_from: str | None = Field(default=None, description="by time: ISO instant (UTC) at which test starts")
     valid_last: int = Field(
@@ -213,8 +239,10 @@ class SplitConfig(Strict):
 
     @model_validator(mode="after")
     def _complete(self) -> SplitConfig:
-        if self.by == "time" and self.test_from is None and self.valid_from is None:
-            raise ValueError("split by time needs test_from or valid_from")
+        if self.by == "time" and self.train_from is None and self.test_from is None and self.valid_from is None:
+            raise ValueError("split by time needs test_from, valid_from or train_from")
+        if self.by != "time" and self.train_from is not None:
+            raise ValueError(f"train_from: only a split by time has it, this one is by {self.by}")
         if self.by == "last" and self.test_last + self.valid_last == 0:
             raise ValueError("split by last needs test_last or valid_last")
         return self
@@ -266,6 +294,19 @@ class PrepareConfig(Strict):
     item_min_count: int = Field(
         default=1, ge=1, description="items seen less often before the end of training share the reserved row 0"
     )
+    item_hash_buckets: int | None = Field(
+        default=None,
+        ge=1,
+        le=MOST_BUCKETS,
+        description="the feature `item` reads one of so many rows, by hash of the id, and new items do too; default: a "
+        "row for each item that training has seen",
+    )
+    user_hash_buckets: int | None = Field(
+        default=None,
+        ge=1,
+        le=MOST_BUCKETS,
+        description="the same for `user`; the users' ids are then not written",
+    )
     time_range: tuple[str, str] = Field(
         default=("1995-01-01", "2100-01-01"),
         description="ISO dates between which every time must lie: catches wrong units",
@@ -282,3 +323,16 @@ class PrepareConfig(Strict):
         default=0.5, gt=0.1, description="memory of the out-of-core engine, GiB; one partition comes on top"
     )
     threads: int = Field(default=2, ge=1)
+
+    @model_validator(mode="after")
+    def _hashed_items_have_no_vocabulary(self) -> PrepareConfig:
+        if self.item_hash_buckets is not None and self.item_min_count > 1:
+            raise ValueError(
+                f"item_hash_buckets: hashed items share rows whatever their count; remove item_min_count "
+                f"({self.item_min_count}), or item_hash_buckets"
+            )
+        return self
+
+    def hash_buckets_of(self, kind: Literal["user", "item"]) -> int | None:
+        """Buckets of the users' or items' ids, None where they have a vocabulary."""
+        return self.item_hash_buckets if kind == "item" else self.user_hash_buckets

@@ -123,8 +123,8 @@ def _look_up(
         for scope, columns in manifest.columns.items()
         for name, info in columns.items()
     }
-    known["item"] = ("item", ColumnInfo(kind="categorical", size=manifest.known_items))
-    known["user"] = ("user", ColumnInfo(kind="categorical", size=manifest.known_users))
+    known["item"] = ("item", ColumnInfo(kind="categorical", size=manifest.id_rows("item")))
+    known["user"] = ("user", ColumnInfo(kind="categorical", size=manifest.id_rows("user")))
     found: list[Feature] = []
     for i, name in enumerate(names):
         allowed = sorted(n for n, (scope, info) in known.items() if scope in scopes and info.kind in kinds)

@@ -1,7 +1,8 @@
 """From a config's columns to SQL that gives each its stored type, checked against the table's columns beforehand.
 
 Stored types: categorical BIGINT or VARCHAR (INTEGER bucket with `edges`), bag BIGINT[] or VARCHAR[], dense FLOAT,
-vector FLOAT[], text VARCHAR. :mod:`features.prepare.encode` turns them into indices and numbers.
+vector FLOAT[], text VARCHAR; with `hash_buckets` UBIGINT and UBIGINT[], the values' hashes.
+:mod:`features.prepare.encode` turns them into indices and numbers.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Mapping
 
 from features.prepare.engine import Engine, element, is_float, is_integer, is_number, quote
 from features.prepare.errors import PrepareError
+from features.prepare.hashed import hash_sql
 from features.prepare.sources.tables import Table
 from features.schema import ColumnConfig, Scope
 
@@ -57,9 +59,13 @@ def number(engine: Engine, table: Table, expression: str, about: str, extra: Map
 def _convert(sql: str, kind: str, config: ColumnConfig, about: str) -> str:
     match config.kind:
         case "categorical":
-            return _bucket(sql, kind, config.edges, about) if config.edges is not None else _value(sql, kind, about)
+            if config.edges is not None:
+                return _bucket(sql, kind, config.edges, about)
+            value = _value(sql, kind, about)
+            return hash_sql(value) if config.hash_buckets is not None else value
         case "bag":
-            return _bag(sql, kind, config.separator, about)
+            values = _bag(sql, kind, config.separator, about)
+            return f"list_transform({values}, lambda v: {hash_sql('v')})" if config.hash_buckets is not None else values
         case "dense":
             if not is_number(kind):
                 raise PrepareError(

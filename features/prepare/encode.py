@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from features.dataset import ColumnInfo
+from features.hashing import rows_of
 from features.prepare.columns import stored
 from features.schema import ColumnConfig, Scope
 
@@ -28,10 +29,10 @@ def encode(column: pa.Array, name: str, config: ColumnConfig, vocabularies: Voca
     """
     match config.kind:
         case "categorical":
-            return column.cast(pa.int32()) if config.edges is not None else _look_up(column, vocabularies[name])
+            return column.cast(pa.int32()) if config.edges is not None else _rows(column, name, config, vocabularies)
         case "bag":
             offsets = np.concatenate([[0], np.cumsum(_lengths(column))]).astype(np.int32)
-            return pa.ListArray.from_arrays(pa.array(offsets), _look_up(column.flatten(), vocabularies[name]))
+            return pa.ListArray.from_arrays(pa.array(offsets), _rows(column.flatten(), name, config, vocabularies))
         case "dense":
             filled = pc.fill_null(column.cast(pa.float32()), 0.0 if config.default is None else config.default)
             values: npt.NDArray[np.float32] = filled.to_numpy(zero_copy_only=False)
@@ -55,7 +56,22 @@ def described(scope: Scope, name: str, config: ColumnConfig, vocabularies: Vocab
         return ColumnInfo(kind=config.kind)
     if config.edges is not None:
         return ColumnInfo(kind="categorical", size=len(config.edges) + 2)
+    if config.hash_buckets is not None:
+        return ColumnInfo(kind=config.kind, size=config.hash_buckets + 1)
     return ColumnInfo(kind=config.kind, size=vocabularies[stored(scope, name)].num_rows + 1)
+
+
+def hashed_rows(hashes: pa.Array, buckets: int) -> pa.Array:
+    """Rows of ids by their hashes, 0 for null."""
+    rows = rows_of(pc.fill_null(hashes, 0).to_numpy(zero_copy_only=False).astype(np.uint64), buckets)
+    rows[hashes.is_null().to_numpy(zero_copy_only=False)] = 0
+    return pa.array(rows)
+
+
+def _rows(values: pa.Array, name: str, config: ColumnConfig, vocabularies: Vocabularies) -> pa.Array:
+    if config.hash_buckets is not None:
+        return hashed_rows(values, config.hash_buckets)
+    return _look_up(values, vocabularies[name])
 
 
 def _look_up(values: pa.Array, vocabulary: pa.Table) -> pa.Array:

@@ -14,9 +14,11 @@ import pyarrow.compute as pc
 from features.dataset import PartitionInfo, SplitInfo, partition_dir, write_arrow
 from features.prepare import counters
 from features.prepare.columns import stored
-from features.prepare.encode import Vocabularies, encode
+from features.prepare.encode import Vocabularies, encode, hashed_rows
 from features.prepare.engine import Engine, quote
-from features.prepare.split import Periods
+from features.prepare.hashed import hash_sql
+from features.prepare.split import PAST, Periods
+from features.prepare.unknown import IdCounts, above, count, has_vocabulary
 from features.schema import SPLITS, ColumnConfig, PrepareConfig, Scope, Split
 
 Ints = npt.NDArray[np.int64]
@@ -25,7 +27,8 @@ DAY_MS = 86_400_000
 
 @dataclass(frozen=True)
 class Layout:
-    """What all partitions share: dense `item_index` by number i, and the `priors`, mean of each counter's value."""
+    """What all partitions share: dense `item_index` by number i, the `priors`, mean of each counter's value, and
+    `item_ids`, what vocabularies lack of each item's ids."""
 
     config: PrepareConfig
     vocabularies: Vocabularies
@@ -33,7 +36,9 @@ class Layout:
     oracles: list[str]
     priors: list[float]
     item_index: npt.NDArray[np.int32]
+    item_ids: Mapping[str, IdCounts]
     known_items: int
+    known_users: int
     periods: Periods
 
 
@@ -48,22 +53,30 @@ class Written:
 
 @dataclass(frozen=True)
 class _Log:
-    """Histories of a partition, one after the other: events of history row r are ``offsets[r]:offsets[r + 1]``."""
+    """Histories of a partition, one after the other: events of history row r are ``offsets[r]:offsets[r + 1]``.
+
+    ids: of users and events, by feature.
+    """
 
     row: Ints
     time: Ints
     offsets: Ints
+    ids: dict[str, IdCounts]
 
 
 @dataclass(frozen=True)
 class _Requests:
-    """What is counted of a partition's requests [R] and their candidates [N] ``bounds[r]:bounds[r + 1]``."""
+    """What is counted of a partition's requests [R] and their candidates [N] ``bounds[r]:bounds[r + 1]``.
+
+    ids: `[R]` of users, requests, items and candidates, by feature.
+    """
 
     split: Ints
     row: Ints
     bounds: Ints
     items: npt.NDArray[np.int32]
     labels: dict[str, npt.NDArray[np.float32]]
+    ids: dict[str, IdCounts]
 
 
 def write_partition(engine: Engine, layout: Layout, root: Path, number: int) -> Written:
@@ -86,6 +99,9 @@ def write_partition(engine: Engine, layout: Layout, root: Path, number: int) -> 
         "users without events": int(np.count_nonzero(np.diff(log.offsets) == 0)),
         "users without impressions": info.histories - len(np.unique(columns.row)),
     }
+    for name, ids in log.ids.items():
+        if name.startswith("event."):
+            counted[f"ids of {name} outside its vocabulary"] = ids.total(slice(None))[0]
     return Written(info, splits, counted)
 
 
@@ -108,8 +124,9 @@ def history_ends(log_row: Ints, log_time: Ints, offsets: Ints, row: Ints, until:
 def _write_histories(engine: Engine, layout: Layout, folder: Path, number: int) -> tuple[_Log, int]:
     about = f"writing histories of partition {number}"
     configured = layout.config.columns
+    hashed = "" if layout.config.user_hash_buckets is None else f", {hash_sql('n.user')} AS hash"
     users = engine.table(
-        f"""SELECT n.index, a.* FROM user_index n LEFT JOIN user_attributes a USING (u)
+        f"""SELECT n.index{hashed}, a.* FROM user_index n LEFT JOIN user_attributes a USING (u)
         WHERE n.part = {number} ORDER BY n.index""",
         about,
     )
@@ -127,12 +144,19 @@ def _write_histories(engine: Engine, layout: Layout, folder: Path, number: int) 
         "item": _lists(offsets, pa.array(layout.item_index[_ints(events, "i")])),
         "time": _lists(offsets, _array(events, "time")),
     }
-    for name, values in _encoded(events, "event", configured.event, layout).items():
-        columns[name] = _lists(offsets, values)
-    columns |= _encoded(users, "user", configured.user, layout)
+    if layout.config.user_hash_buckets is not None:
+        columns["bucket"] = hashed_rows(_array(users, "hash"), layout.config.user_hash_buckets)
+    of_events, of_users = (
+        _encoded(events, "event", configured.event, layout),
+        _encoded(users, "user", configured.user, layout),
+    )
+    columns |= {name: _lists(offsets, values) for name, values in of_events.items()} | of_users
+    ids = _ids(events, "event", configured.event, of_events) | _ids(users, "user", configured.user, of_users)
+    if layout.config.user_hash_buckets is None:
+        ids["user"] = above(_ints(users, "index"), layout.known_users)
     write_arrow(pa.table(columns), folder / "histories.arrow")
     unsorted = int(np.count_nonzero((row[1:] == row[:-1]) & (ordinal[1:] < ordinal[:-1])))
-    return _Log(row, time, offsets), unsorted
+    return _Log(row, time, offsets, ids), unsorted
 
 
 def _write_requests(engine: Engine, layout: Layout, folder: Path, number: int, log: _Log) -> _Requests:
@@ -156,14 +180,23 @@ def _write_requests(engine: Engine, layout: Layout, folder: Path, number: int, l
         "items": _lists(bounds, pa.array(items)),
     }
     first = shown.select([stored("request", name) for name in configured.request]).take(pa.array(starts))
-    columns |= _encoded(first, "request", configured.request, layout)
-    candidate = _encoded(shown, "candidate", configured.candidate, layout) | _statistics(shown, layout)
+    of_requests = _encoded(first, "request", configured.request, layout)
+    candidate = _encoded(shown, "candidate", configured.candidate, layout)
+    ids = {name: of.of(row) for name, of in log.ids.items() if not name.startswith("event.")}
+    ids |= _ids(first, "request", configured.request, of_requests)
+    of_shown = _ids(shown, "candidate", configured.candidate, candidate)
+    of_shown |= {name: of.of(items) for name, of in layout.item_ids.items()}
+    if layout.config.item_hash_buckets is None:
+        of_shown["item"] = above(items, layout.known_items)
+    ids |= {name: of.summed(bounds) for name, of in of_shown.items()}
+    columns |= of_requests
+    candidate |= _statistics(shown, layout)
     for name in [f"label.{n}" for n in layout.labels] + [f"oracle.{n}" for n in layout.oracles]:
         candidate[name] = _array(shown, name).cast(pa.float32())
     columns |= {name: _lists(bounds, values) for name, values in candidate.items()}
     write_arrow(pa.table(columns), folder / "requests.arrow")
     labels = {n: candidate[f"label.{n}"].to_numpy(zero_copy_only=False) for n in layout.labels}
-    return _Requests(split, row, bounds, items, labels)
+    return _Requests(split, row, bounds, items, labels, ids)
 
 
 def _split_infos(requests: _Requests, layout: Layout) -> dict[Split, SplitInfo]:
@@ -181,6 +214,7 @@ def _split_infos(requests: _Requests, layout: Layout) -> dict[Split, SplitInfo]:
             last_ms=layout.periods.last.get(name, 0),
             positives={n: int(np.count_nonzero(values[first:last])) for n, values in requests.labels.items()},
             unknown_items=int(np.count_nonzero(requests.items[first:last] >= layout.known_items)),
+            unknown={n: of.total(slice(low, high)) for n, of in sorted(requests.ids.items())},
         )
     return infos
 
@@ -189,7 +223,7 @@ def _shown(engine: Engine, layout: Layout, number: int) -> pa.Table:
     """Candidates of a partition in the order of the file: split, history row, time, request, place in the logs."""
     return engine.table(
         f"""SELECT s.* EXCLUDE (u, part), n.row FROM staged s JOIN user_index n ON s.u = n.u AND n.part = {number}
-        WHERE s.part = {number} ORDER BY s.split, n.row, s.began, s.request, s.ordinal""",
+        WHERE s.part = {number} AND s.split < {PAST} ORDER BY s.split, n.row, s.began, s.request, s.ordinal""",
         f"writing requests of partition {number}",
     )
 
@@ -221,6 +255,14 @@ def _encoded(
 ) -> dict[str, pa.Array]:
     names = {stored(scope, name): config for name, config in configured.items()}
     return {name: encode(_array(table, name), name, config, layout.vocabularies) for name, config in names.items()}
+
+
+def _ids(
+    table: pa.Table, scope: Scope, configured: Mapping[str, ColumnConfig], encoded: Mapping[str, pa.Array]
+) -> dict[str, IdCounts]:
+    """Of the columns with a vocabulary, what it lacks of each row's ids."""
+    names = [stored(scope, name) for name, config in configured.items() if has_vocabulary(config)]
+    return {name: count(_array(table, name), encoded[name]) for name in names}
 
 
 def _array(table: pa.Table, name: str) -> pa.Array:

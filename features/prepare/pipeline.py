@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Literal
 
 import duckdb
 import numpy as np
@@ -18,6 +20,7 @@ from features.dataset import (
     FORMAT_VERSION,
     MANIFEST,
     ColumnInfo,
+    HashInfo,
     Manifest,
     PartitionInfo,
     SplitInfo,
@@ -25,20 +28,22 @@ from features.dataset import (
     write_arrow,
 )
 from features.prepare import counters, vocabularies
+from features.prepare import hashed as hashing
 from features.prepare.encode import Vocabularies, described
 from features.prepare.engine import Engine
 from features.prepare.errors import PrepareError
-from features.prepare.items import write_items
+from features.prepare.items import Items, write_items
 from features.prepare.partitions import Layout, write_partition
 from features.prepare.sources import open_source
 from features.prepare.sources.tables import Logs, Table
-from features.prepare.split import split_requests
+from features.prepare.split import PAST, split_requests
 from features.prepare.staging import derive_impressions, stage_attributes, stage_events, stage_ids, stage_impressions
 from features.prepare.validate import validate
 from features.progress import Steps
 from features.publish import staging
 from features.schema import SPLITS, PrepareConfig, Scope, Split
 
+HashedIds = dict[Literal["user", "item"], HashInfo]
 LEAST_PARTITIONS = 8
 _STEPS = 9
 _SUMMED = ("requests", "impressions", "users", "unknown_items")
@@ -81,6 +86,8 @@ class _Preparation:
         impressions, labels, oracles = self._stage(logs)
         with step("dividing requests"):
             periods = split_requests(engine, impressions, config.split)
+            past = engine.row(f"SELECT count(*) FROM requests WHERE split >= {PAST}", "dividing requests")[0]
+            self.dropped["requests before split.train_from"] = past
         for number, counter in enumerate(config.counters):
             with step(f"counting {counter.name}"):
                 counters.count(engine, number, counter)
@@ -89,18 +96,32 @@ class _Preparation:
         with step("building vocabularies"):
             index = vocabularies.index_ids(engine, periods, config.item_min_count)
             vocabulary = vocabularies.build(engine, config.columns, periods)
-            item_columns = self._write_static(vocabulary)
+            items = self._write_static(vocabulary)
+            hashed = hashing.count(engine, config)
         priors = [counters.prior(engine, c, periods.train_end) for c in config.counters]
         lookup = vocabularies.item_lookup(engine)
-        layout = Layout(config, vocabulary, labels, oracles, priors, lookup, index.known_items, periods)
+        layout = Layout(
+            config,
+            vocabulary,
+            labels,
+            oracles,
+            priors,
+            lookup,
+            items.ids,
+            index.known_items,
+            index.known_users,
+            periods,
+        )
         written, splits = self._write_partitions(layout, partitions)
         with step("writing the manifest"):
-            columns = self._columns(vocabulary, item_columns)
+            columns = self._columns(vocabulary, items.columns, hashed)
+            hashed_ids: HashedIds = {kind: hashed[kind] for kind in ("user", "item") if kind in hashed}
             manifest = Manifest(
                 format_version=FORMAT_VERSION,
                 name=config.name,
                 content_hash=hash_files(
-                    self.dataset, {"columns": _plain(columns), "labels": labels, "oracles": oracles}
+                    self.dataset,
+                    {"columns": _plain(columns), "labels": labels, "oracles": oracles} | _hashed_ids(hashed_ids),
                 ),
                 items=index.items,
                 known_items=index.known_items,
@@ -108,6 +129,7 @@ class _Preparation:
                 known_users=index.known_users,
                 events=sum(p.events for p in written),
                 columns=columns,
+                hashed_ids=hashed_ids,
                 labels=labels,
                 oracles=oracles,
                 splits=splits,
@@ -139,13 +161,13 @@ class _Preparation:
                 self.counted[f"{scope}s of the logs without attributes"] = missing
         return impressions, labels, oracles
 
-    def _write_static(self, vocabulary: Vocabularies) -> dict[str, ColumnInfo]:
+    def _write_static(self, vocabulary: Vocabularies) -> Items:
         """Vocabularies and the item table."""
         for name, table in vocabulary.items():
             write_arrow(table, self.dataset / "vocabularies" / f"{name}.arrow")
-        for kind in ("item", "user"):
+        for kind in ("item", "user") if self.config.user_hash_buckets is None else ("item",):
             write_arrow(vocabularies.ids(self.engine, kind), self.dataset / "vocabularies" / f"{kind}.arrow")
-        return write_items(self.engine, self.dataset, self.config.columns.item, vocabulary)
+        return write_items(self.engine, self.dataset, self.config, vocabulary)
 
     def _write_partitions(self, layout: Layout, partitions: int) -> tuple[list[PartitionInfo], dict[Split, SplitInfo]]:
         infos: list[PartitionInfo] = []
@@ -160,7 +182,9 @@ class _Preparation:
         self.counted |= counted
         return infos, _merge(splits)
 
-    def _columns(self, vocabulary: Vocabularies, items: dict[str, ColumnInfo]) -> dict[str, dict[str, ColumnInfo]]:
+    def _columns(
+        self, vocabulary: Vocabularies, items: dict[str, ColumnInfo], hashed: Mapping[str, HashInfo]
+    ) -> dict[str, dict[str, ColumnInfo]]:
         configured = self.config.columns
         scopes: tuple[Scope, ...] = ("user", "item", "event", "request", "candidate")
         columns = {
@@ -168,6 +192,10 @@ class _Preparation:
             if scope == "item"
             else {n: described(scope, n, c, vocabulary) for n, c in getattr(configured, scope).items()}
             for scope in scopes
+        }
+        columns = {
+            scope: {n: i.model_copy(update={"hashed": hashed.get(f"{scope}.{n}")}) for n, i in infos.items()}
+            for scope, infos in columns.items()
         }
         for counter in self.config.counters:
             columns["candidate"] |= {f"{counter.name}_{part}": ColumnInfo(kind="dense") for part in ("count", "rate")}
@@ -195,11 +223,27 @@ def _merge(parts: list[dict[Split, SplitInfo]]) -> dict[Split, SplitInfo]:
         merged[split] = infos[0].model_copy(
             update={
                 **{name: sum(getattr(info, name) for info in infos) for name in _SUMMED},
+                "unknown": {name: _both(info.unknown[name] for info in infos) for name in infos[0].unknown},
                 "positives": {label: sum(info.positives[label] for info in infos) for label in infos[0].positives},
             }
         )
     return merged
 
 
+def _both(counts: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    unknown, ids = zip(*counts, strict=True)
+    return sum(unknown), sum(ids)
+
+
 def _plain(columns: dict[str, dict[str, ColumnInfo]]) -> dict[str, dict[str, object]]:
-    return {scope: {name: info.model_dump() for name, info in named.items()} for scope, named in columns.items()}
+    """What the content hash covers of columns. A column that is not hashed says nothing of hashing, so that datasets
+    made before there was any keep their content hash."""
+    return {
+        scope: {name: info.model_dump(exclude=None if info.hashed else {"hashed"}) for name, info in named.items()}
+        for scope, named in columns.items()
+    }
+
+
+def _hashed_ids(infos: HashedIds) -> dict[str, object]:
+    """The same for users and items."""
+    return {"hashed_ids": {kind: info.model_dump() for kind, info in infos.items()}} if infos else {}

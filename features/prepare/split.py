@@ -1,13 +1,15 @@
 """Requests, and which of train, valid and test each belongs to.
 
 Makes ``requests(u, part_of, request, began, split)``: `began` is the time of the request's first impression; `part_of`
-the split its source names, `split` the one it gets: 0 train, 1 valid, 2 test.
+the split its source names, `split` the one it gets: 0 train, 1 valid, 2 test, 3 (:data:`PAST`) none, before training
+starts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 from features.prepare.engine import Engine
 from features.prepare.errors import PrepareError
@@ -15,6 +17,13 @@ from features.prepare.sources.tables import Table
 from features.prepare.staging import SHARE_STEPS
 from features.prepare.validate import instant_ms, iso
 from features.schema import SPLITS, Split, SplitConfig
+
+PAST = 3
+"""of requests that are not written, but count for what training knows"""
+HELD_BACK = 4
+"""of those of users who are held out: training is to know nothing of them"""
+KNOWN = f"split IN (0, {PAST})"
+"""SQL condition: requests whose users, items and values are known"""
 
 
 @dataclass(frozen=True)
@@ -48,13 +57,15 @@ def split_requests(engine: Engine, table: Table, config: SplitConfig) -> Periods
     )
     if config.valid_users:
         engine.run(
-            f"""UPDATE requests SET split = 1 WHERE split = 0
+            f"""UPDATE requests SET split = CASE split WHEN 0 THEN 1 ELSE {HELD_BACK} END WHERE split IN (0, {PAST})
             AND u IN (SELECT u FROM users WHERE share < {round(config.valid_users * SHARE_STEPS)})""",
             "dividing requests",
         )
     if config.valid_time:
         _carve_latest(engine, config.valid_time)
-    found = engine.rows("SELECT split, min(began), max(began) FROM requests GROUP BY split", "dividing requests")
+    found = engine.rows(
+        f"SELECT split, min(began), max(began) FROM requests WHERE split < {PAST} GROUP BY split", "dividing requests"
+    )
     periods = Periods({SPLITS[s]: lo for s, lo, _ in found}, {SPLITS[s]: hi for s, _, hi in found})
     _check_not_empty(engine, table, config, periods)
     return periods
@@ -65,14 +76,19 @@ def _split_sql(config: SplitConfig) -> str:
         case "column":
             return "part_of"
         case "time":
-            test = instant_ms(config.test_from, "split.test_from") if config.test_from else None
-            valid = instant_ms(config.valid_from, "split.valid_from") if config.valid_from else None
-            if test is not None and valid is not None and valid >= test:
-                raise PrepareError(
-                    f"split.valid_from {config.valid_from} is not before split.test_from {config.test_from}; "
-                    "exchange them"
-                )
-            cases = [f"WHEN began >= {start} THEN {n}" for n, start in ((2, test), (1, valid)) if start is not None]
+            starts = {
+                name: (text, instant_ms(text, f"split.{name}"))
+                for name in ("train_from", "valid_from", "test_from")
+                if (text := getattr(config, name))
+            }
+            for (name, (text, start)), (later, (later_text, end)) in pairwise(starts.items()):
+                if start >= end:
+                    raise PrepareError(f"split.{name} {text} is not before split.{later} {later_text}; exchange them")
+            number = {"valid_from": 1, "test_from": 2}
+            cases = [f"WHEN began < {starts['train_from'][1]} THEN {PAST}"] if "train_from" in starts else []
+            cases += [
+                f"WHEN began >= {starts[n][1]} THEN {number[n]}" for n in ("test_from", "valid_from") if n in starts
+            ]
             return f"CAST(CASE {' '.join(cases)} ELSE 0 END AS TINYINT)"
         case "last":
             place = "row_number() OVER (PARTITION BY u ORDER BY began DESC, request DESC)"

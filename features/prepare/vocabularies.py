@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from features.prepare.columns import stored
 from features.prepare.engine import Engine, quote
-from features.prepare.split import Periods
+from features.prepare.split import KNOWN, Periods
 from features.schema import ColumnConfig, ColumnsConfig, Scope
 
 
@@ -35,16 +35,16 @@ def index_ids(engine: Engine, periods: Periods, item_min_count: int) -> Index:
         CAST(row_number() OVER (ORDER BY known DESC, CASE WHEN known THEN n END DESC, i) AS INTEGER) AS index FROM (
         SELECT x.i, x.item, coalesce(c.n, 0) AS n, coalesce(c.n, 0) >= {item_min_count} AS known
         FROM items x LEFT JOIN (SELECT i, sum(n) AS n FROM (
-            SELECT i, count(*) AS n FROM staged WHERE split = 0 GROUP BY i UNION ALL
+            SELECT i, count(*) AS n FROM staged WHERE {KNOWN} GROUP BY i UNION ALL
             SELECT i, count(*) AS n FROM events WHERE time <= {periods.train_end} GROUP BY i)
             GROUP BY i) c USING (i))""",
         "indexing items",
     )
     engine.run(
-        """CREATE TABLE user_index AS
+        f"""CREATE TABLE user_index AS
         SELECT *, CAST(row_number() OVER (PARTITION BY part ORDER BY index) - 1 AS INTEGER) AS row FROM (
         SELECT u, user, part, known, CAST(row_number() OVER (ORDER BY known DESC, u) AS INTEGER) AS index FROM (
-        SELECT u, user, part, u IN (SELECT u FROM requests WHERE split = 0) AS known FROM users)) ORDER BY part""",
+        SELECT u, user, part, u IN (SELECT u FROM requests WHERE {KNOWN}) AS known FROM users)) ORDER BY part""",
         "indexing users",
     )
     items, known_items = engine.row("SELECT count(*), count_if(known) FROM item_index", "indexing items")
@@ -53,7 +53,8 @@ def index_ids(engine: Engine, periods: Periods, item_min_count: int) -> Index:
 
 
 def build(engine: Engine, columns: ColumnsConfig, periods: Periods) -> dict[str, pa.Table]:
-    """Vocabulary of each categorical (without edges) and bag column: `value`, `index`; most frequent first.
+    """Vocabulary of each categorical (without edges) and bag column that is not hashed: `value`, `index`; most frequent
+    first.
 
     Item attributes are static: all items of the logs count. Other columns count what training has seen.
     """
@@ -61,13 +62,15 @@ def build(engine: Engine, columns: ColumnsConfig, periods: Periods) -> dict[str,
         "item": "item_attributes",
         "user": "user_attributes WHERE u IN (SELECT u FROM user_index WHERE known)",
         "event": f"events WHERE time <= {periods.train_end}",
-        "request": "staged WHERE split = 0",
-        "candidate": "staged WHERE split = 0",
+        "request": f"staged WHERE {KNOWN}",
+        "candidate": f"staged WHERE {KNOWN}",
     }
     found: dict[str, pa.Table] = {}
     for scope, relation in rows.items():
         configured: dict[str, ColumnConfig] = getattr(columns, scope)
         for name, config in configured.items():
+            if config.hash_buckets is not None:
+                continue
             if config.kind == "bag" or (config.kind == "categorical" and config.edges is None):
                 found[stored(scope, name)] = _vocabulary(engine, stored(scope, name), config, relation)
     return found

@@ -7,10 +7,13 @@ hashed.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from features.semantic_ids.errors import SidsError
 
 Words = npt.NDArray[np.uint64]
 
@@ -48,6 +51,37 @@ class Prefixes:
                 number = number * np.uint64(size) + code
                 rows[:, level] = self._offsets[level] + number.astype(np.int64)
         return rows
+
+    def rows_in(self, older: Prefixes, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The row in a table of an older codebook, which these levels grew from, of each of `rows` here: -1 for a
+        prefix with a code that the older one has not. Hashed rows are shared by prefixes old and new.
+
+        Raises:
+            SidsError: the tables are not hashed alike: rows of one are no rows of the other.
+
+        >>> Prefixes([2, 3], 100).rows_in(Prefixes([2, 2], 100), np.arange(9))
+        array([ 0,  1,  2,  3,  4, -1,  5,  6, -1])
+        """
+        if len(self._levels) != len(older._levels) or ((self.hashed or older.hashed) and self.size != older.size):
+            raise SidsError(
+                f"prefixes of {self._levels} in {self.size:,} rows, {'' if self.hashed else 'not '}hashed, have no "
+                f"rows in a table of {older._levels} in {older.size:,}, {'' if older.hashed else 'not '}hashed; keep "
+                "path_buckets, or start that table anew"
+            )
+        if self.hashed and older.hashed:
+            return rows.copy()
+        found = np.where(rows == 0, 0, -1)
+        for level, first in enumerate(self._offsets):
+            sizes, before = self._levels[: level + 1], older._levels[: level + 1]
+            here = (rows >= first) & (rows < first + math.prod(sizes))
+            number, old, place, known = rows[here] - first, np.zeros(here.sum(), np.int64), 1, np.ones(here.sum(), bool)
+            for size, old_size in zip(reversed(sizes), reversed(before), strict=True):
+                number, code = np.divmod(number, size)
+                known &= code < old_size
+                old += code * place
+                place *= old_size
+            found[here] = np.where(known, older._offsets[level] + old, -1)
+        return found
 
 
 def _mix(x: Words) -> Words:

@@ -21,7 +21,7 @@ import scipy.sparse as sp
 from sklearn.feature_extraction import FeatureHasher
 from sklearn.feature_extraction.text import HashingVectorizer
 
-from features.dataset import ColumnInfo, Dataset
+from features.dataset import Dataset
 from features.semantic_ids.config import TextPart
 from features.semantic_ids.content import item_columns, svd
 from features.semantic_ids.content.protocol import Floats, Log, Read, State
@@ -85,8 +85,11 @@ class Terms:
             norm=None,
             dtype=np.float32,
         )
+        # a hashed column may have far more rows than items: those that occur are looked at, chunk by chunk
         self._of_value = {
-            name: self._hashed(dataset, name, info) for name, info in kinds.items() if info.kind != "text"
+            name: None if info.hashed else self._hashed(name, item_columns.values(dataset, name, info.size))
+            for name, info in kinds.items()
+            if info.kind != "text"
         }
         self._texts = [name for name, info in kinds.items() if info.kind == "text"]
 
@@ -103,13 +106,14 @@ class Terms:
             total = total + self._values(name, bucket, rows)
         return sp.csr_matrix(total)
 
-    def _hashed(self, dataset: Dataset, name: str, info: ColumnInfo) -> Ints:
-        """The bucket of each of a column's values, `[size]`."""
+    def _hashed(self, name: str, values: list[str]) -> Ints:
+        """The bucket of each of a column's values, `[values]`."""
+        if not values:  # which the hasher refuses
+            return np.zeros(0, np.int64)
         hasher = FeatureHasher(self.buckets, input_type="string", alternate_sign=False)
-        terms = [[f"{name}={value}"] for value in item_columns.values(dataset, name, info.size)]
-        return hasher.transform(terms).indices.astype(np.int64)
+        return hasher.transform([[f"{name}={value}"] for value in values]).indices.astype(np.int64)
 
-    def _values(self, name: str, bucket: Ints, rows: Ints) -> sp.csr_matrix:
+    def _values(self, name: str, bucket: Ints | None, rows: Ints) -> sp.csr_matrix:
         column = self._items.column(name).take(pa.array(rows))
         if pa.types.is_integer(column.type):
             ids, ends = column.to_numpy(), np.arange(len(rows) + 1)
@@ -117,7 +121,12 @@ class Terms:
             ids = column.flatten().to_numpy()
             ends = column.offsets.to_numpy().astype(np.int64)
             ends = ends - ends[0]
-        counts = sp.csr_matrix(((ids > 0).astype(np.float32), bucket[ids], ends), shape=(len(rows), self.buckets))
+        if bucket is None:
+            distinct, place = np.unique(ids, return_inverse=True)
+            of_id = self._hashed(name, [str(value) for value in distinct.tolist()])[place]
+        else:
+            of_id = bucket[ids]
+        counts = sp.csr_matrix(((ids > 0).astype(np.float32), of_id, ends), shape=(len(rows), self.buckets))
         counts.eliminate_zeros()  # id 0 stands for no value
         return counts
 

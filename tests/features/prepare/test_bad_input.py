@@ -9,9 +9,10 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from pydantic import ValidationError
 
 from features.prepare import PrepareError, prepare
-from features.schema import PrepareConfig
+from features.schema import PrepareConfig, SplitConfig
 from tests.features.prepare import logs
 from tests.features.prepare.logs import START
 
@@ -207,6 +208,7 @@ def test_no_split_column(tmp_path: Path) -> None:
         ({"by": "time", "test_from": "2000-01-01"}, "train"),
         ({"by": "time", "test_from": "2030-01-01"}, "test"),
         ({"by": "time", "valid_from": "2029-01-01"}, "valid"),
+        ({"by": "time", "train_from": "2029-01-01"}, "train"),
         ({"by": "last", "test_last": 1000}, "train"),
         ({"by": "column", "valid_users": 1e-6}, "valid"),
     ],
@@ -216,6 +218,29 @@ def test_empty_splits(tmp_path: Path, split: dict[str, Any], name: str) -> None:
     rows["split"] = ["train"] * len(rows["split"])
     config = logs.config(logs.write(tmp_path / "in", impressions=rows), split=split)
     refused(config, tmp_path / "out", f"the {name} split is empty", "between 2023-11-14 22:43:20 and", "change `split`")
+
+
+@pytest.mark.parametrize(
+    ("split", "told"),
+    [
+        (
+            {"by": "time", "train_from": "2023-11-15", "valid_from": "2023-11-15"},
+            "split.train_from 2023-11-15 is not before split.valid_from 2023-11-15; exchange them",
+        ),
+        (
+            {"by": "time", "train_from": "2023-11-17", "test_from": "2023-11-15"},
+            "split.train_from 2023-11-17 is not before split.test_from 2023-11-15",
+        ),
+    ],
+)
+def test_periods_in_another_order(tmp_path: Path, split: dict[str, Any], told: str) -> None:
+    config = logs.config(logs.write(tmp_path / "in", impressions=logs.impressions()), split=split)
+    refused(config, tmp_path / "out", told)
+
+
+def test_training_starts_later_by_time_alone() -> None:
+    with pytest.raises(ValidationError, match="train_from: only a split by time has it, this one is by last"):
+        SplitConfig(by="last", test_last=1, train_from="2023-11-15")
 
 
 def test_no_rows_at_all(tmp_path: Path) -> None:

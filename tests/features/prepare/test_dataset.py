@@ -213,6 +213,39 @@ def test_split_by_time(tmp_path: Path) -> None:
     }
 
 
+def test_training_may_start_later(tmp_path: Path) -> None:
+    """What came before is no request, but its users, items and values are known, and it is in histories."""
+    rows = times([(1, 0), (2, DAY), (3, 2 * DAY), (1, 3 * DAY)])
+    rows |= {"item": [7, 8, 9, 6], "place": ["a", "b", "c", "d"]}
+    source = logs.write(
+        tmp_path / "in", impressions=rows, events={"user": [2, 3], "item": [7, 7], "time": [START, START]}
+    )
+    split = {
+        "by": "time",
+        "train_from": "2023-11-15T22:13:20",
+        "test_from": "2023-11-16T22:13:20",
+    }  # START + DAY, + 2 DAY
+    columns = {"candidate": {"place": {}}}
+    dataset = logs.prepared(logs.config(source, split=split, columns=columns), tmp_path / "out")
+    assert by_split(dataset) == {"train": [(2, DAY)], "test": [(1, 3 * DAY), (3, 2 * DAY)]}
+    manifest = dataset.manifest
+    assert manifest.dropped["requests before split.train_from"] == 1
+    known = {kind: logs.ids(dataset, kind) for kind in ("user", "item")}
+    assert {known["user"][i] for i in range(1, manifest.known_users)} == {1, 2}
+    assert {known["item"][i] for i in range(1, manifest.known_items)} == {7, 8}
+    assert set(logs.ids(dataset, "candidate.place").values()) == {"a", "b"}
+    assert {request.user: request.history for request in logs.requests(dataset)}[3] == [(7, START)]
+    assert manifest.splits["train"].first_ms == START + DAY
+
+
+def test_training_may_end_with_the_logs(tmp_path: Path) -> None:
+    rows = times([(1, 0), (1, DAY)])
+    source = logs.write(tmp_path / "in", impressions=rows)
+    split = {"by": "time", "train_from": "2023-11-15T00:00:00"}
+    dataset = logs.prepared(logs.config(source, split=split), tmp_path / "out")
+    assert by_split(dataset) == {"train": [(1, DAY)]}
+
+
 def test_split_by_last_requests(tmp_path: Path) -> None:
     rows = times([(1, t) for t in range(5)] + [(2, t) for t in range(2)])
     split = {"by": "last", "valid_last": 1, "test_last": 2}

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from features.semantic_ids.errors import SidsError
 from features.semantic_ids.prefixes import Prefixes
 
 
@@ -70,3 +72,25 @@ def test_the_rows_of_a_hashed_table_never_change():
 
 
 ROWS = [[91087, 81528, 73348], [78002, 47311, 7586]]
+
+
+@given(coded(), st.lists(st.integers(0, 3), min_size=4, max_size=4))
+@settings(max_examples=60, deadline=None)
+def test_a_grown_codebook_finds_the_rows_of_the_prefixes_it_had(case: tuple[list[int], np.ndarray], more: list[int]):
+    """And of those alone."""
+    levels, codes = case
+    grown = [k + m for k, m in zip(levels, more, strict=False)]
+    older, newer = Prefixes(levels, 10**6), Prefixes(grown, 10**6)
+    found = newer.rows_in(older, np.arange(newer.size))
+    assert np.array_equal(found[newer.rows(codes)], older.rows(codes))
+    assert sorted(found[found >= 0].tolist()) == list(range(older.size))
+    assert found[0] == 0
+
+
+def test_hashed_prefixes_keep_their_rows_where_the_hash_is_the_same():
+    older, newer = Prefixes([9, 9], 20), Prefixes([9, 12], 20)
+    codes = np.array([[3, 4], [8, 8]])
+    assert np.array_equal(newer.rows_in(older, newer.rows(codes)), older.rows(codes))
+    for other in (Prefixes([9, 12], 30), Prefixes([9, 12], 10**6), Prefixes([9], 20)):
+        with pytest.raises(SidsError, match=r"have no rows in a table of \[9, 9\] in 20, hashed; keep path_buckets"):
+            other.rows_in(older, np.arange(3))
