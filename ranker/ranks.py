@@ -5,13 +5,14 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import pickle
 import sys
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,8 +21,13 @@ from features.errors import UserError
 
 T = TypeVar("T")
 
-# how collectives say that another rank is gone or late (gloo, NCCL, the store)
-_LOST = ("Timed out waiting", "Connection closed by peer", "Connection reset by peer", "timeout", "Broken pipe")
+
+class _Outcome(NamedTuple):
+    """What the first rank made, pickled, or what it raised."""
+
+    value: bytes = b""
+    error: str = ""
+    of_user: bool = False
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,7 @@ class Ranks:
     world: int
     local_world: int
     device: torch.device
-    timeout_s: float = 600.0
+    timeout_s: float = 1800.0
     """how long a collective waits for the others"""
 
     @property
@@ -61,18 +67,37 @@ class Ranks:
         return values  # type: ignore[return-value]
 
     def agree(self, make: Callable[[], T]) -> T:
-        """What `make` gives on the first rank, on every rank; its UserError too, so that no rank waits in vain."""
-        outcome: list[T | UserError | None] = [None]
+        """What `make` gives on the first rank, on every rank; what it raises too, so that no rank waits in vain.
+
+        Raises:
+            UserError: it raised one; on the others with the same message.
+            RuntimeError: on the others, where it raised anything else.
+        """
+        if self.world == 1:
+            return make()
+        # as bytes: what cannot be pickled is an error of the first rank, too, and comes before the collective
+        outcome: list[_Outcome | None] = [None]
+        value: T | None = None
+        raised: Exception | None = None
         if self.first:
             try:
-                outcome[0] = make()
-            except UserError as error:
-                outcome[0] = error
-        if self.world > 1:
-            dist.broadcast_object_list(outcome)
-        if isinstance(outcome[0], UserError):
-            raise outcome[0]
-        return outcome[0]  # type: ignore[return-value]
+                value = make()
+                outcome[0] = _Outcome(pickle.dumps(value))
+            except Exception as error:
+                raised = error
+                outcome[0] = _Outcome(error=str(error) or type(error).__name__, of_user=isinstance(error, UserError))
+        dist.broadcast_object_list(outcome)
+        if raised is not None:
+            raise raised
+        if self.first:
+            return value  # type: ignore[return-value]
+        came = outcome[0]
+        assert came is not None
+        if came.of_user:
+            raise UserError(came.error)
+        if came.error:
+            raise RuntimeError(f"rank 0 failed, its own log says where: {came.error}")
+        return pickle.loads(came.value)
 
     def barrier(self) -> None:
         """Wait for every rank."""
@@ -89,7 +114,8 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            if self.world > 1 and any(sign in str(error) for sign in _LOST):
+            # gloo's own errors have no type, but name the file of gloo that they come from
+            if isinstance(error, dist.DistError) or "gloo/" in str(error):
                 raise RuntimeError(
                     f"rank {self.rank} of {self.world}, {where()}: another rank died, or did not come within "
                     f"{self.timeout_s:g} s (training.collective_timeout_s); its own log says why"
@@ -97,7 +123,7 @@ class Ranks:
             raise
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Silence what the libraries say of their own internals at every start; errors still show."""
     for module in ("torchrec", "torch"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
@@ -134,7 +160,7 @@ def _cuda_device(local_rank: int) -> torch.device:
 
 @contextmanager
 def join_ranks(
-    device: str = "auto", threads: int | None = None, workers: int = 0, timeout_s: float = 600.0
+    device: str = "auto", threads: int | None = None, workers: int = 0, timeout_s: float = 1800.0
 ) -> Generator[Ranks]:
     """Join the process group that the environment describes, or make one of this process alone; leave it at the end.
 
@@ -148,7 +174,7 @@ def join_ranks(
     Raises:
         UserError: there is no CUDA device for this rank.
     """
-    _quiet_libraries()
+    quiet_libraries()
     world = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -3,7 +3,7 @@
 Layout::
 
     config.yaml      the resolved config
-    run.json         dataset hash, codebooks of semantic IDs, versions, git commit, command, ranks
+    run.json         dataset hash, codebooks of semantic IDs, versions, git commit, command, ranks, warm start
     moments.json     mean and deviation of each dense feature
     checkpoints/     step-00000100/ …; the position.json of each names the best so far by the monitored metric
     tensorboard/     scalars
@@ -30,11 +30,11 @@ from features import provenance
 from features.config_file import dump_config, load_config
 from features.dataset import Dataset
 from features.errors import UserError
-from ranker import checkpoint
 from ranker.blocks import Codewords
 from ranker.config import TrainConfig
 from ranker.model import Moments
 from ranker.ranks import Ranks
+from ranker.training import checkpoint
 
 PACKAGES = ("torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu", "numpy", "pyarrow", "duckdb")
 
@@ -42,9 +42,12 @@ PACKAGES = ("torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu", "numpy", "pyarr
 # what a resumed run may not change, and what of it it may
 _FIXED = (
     "seed", "features", "tables", "model", "tasks", "loader",
-    "training.splits", "training.validation_split", "training.monitor",
+    "training.splits", "training.validation_split", "training.monitor", "warm_start",
 )  # fmt: skip
-_FREE = ("tables.pooled_sharding", "tables.sequence_sharding", "loader.workers", "loader.prefetch")
+_FREE = (
+    "tables.pooled_sharding", "tables.sequence_sharding", "tables.sharding", "tables.reserve",
+    "loader.workers", "loader.prefetch",
+)  # fmt: skip
 
 
 class RunError(UserError):
@@ -117,8 +120,19 @@ class Run:
         self.info: dict[str, object] = json.loads((self.root / "run.json").read_text())
 
     @classmethod
-    def create(cls, root: Path, config: TrainConfig, dataset: Dataset, moments: Moments, world: int) -> Run:
+    def create(
+        cls,
+        root: Path,
+        config: TrainConfig,
+        dataset: Dataset,
+        moments: Moments,
+        world: int,
+        warm_start: dict[str, object] | None = None,
+    ) -> Run:
         """Make the folder, aside first: it is whole or absent.
+
+        Args:
+            warm_start: what it starts from, as :mod:`ranker.training.warm_start` records it.
 
         Raises:
             RunError: it exists and is not empty.
@@ -137,7 +151,7 @@ class Run:
             "git_commit": provenance.git_commit(),
             "versions": versions(),
             "command": sys.argv,
-        }
+        } | ({"warm_start": warm_start} if warm_start else {})
         write_json(aside / "run.json", info)
         aside.rename(root)
         return cls(root)
@@ -161,11 +175,11 @@ class Run:
         """Write ``config.yaml``."""
         write_text(self.root / "config.yaml", dump_config(self.config))
 
-    def dataset(self) -> Dataset:
-        """The run's dataset.
+    def prepared(self) -> Dataset:
+        """The run's dataset as it was prepared, whatever semantic IDs it has by now.
 
         Raises:
-            RunError: the folder now holds another content, or semantic IDs of another codebook.
+            RunError: the folder now holds another content.
         """
         dataset = Dataset(self.config.dataset)
         trained_on = self.info["dataset"]
@@ -176,6 +190,15 @@ class Run:
                 f"trained on {trained_on['content_hash'][:12]}… ({trained_on['name']}); prepare that one again or "
                 "train a new run"
             )
+        return dataset
+
+    def dataset(self) -> Dataset:
+        """The run's dataset.
+
+        Raises:
+            RunError: the folder now holds another content, or semantic IDs of another codebook.
+        """
+        dataset = self.prepared()
         now = codebooks_of(self.config, dataset)
         for name, trained_with in cast("dict[str, dict[str, str]]", self.info.get("codebooks", {})).items():
             if name not in now or now[name]["content_hash"] != trained_with["content_hash"]:
@@ -195,6 +218,17 @@ class Run:
     def checkpoints(self) -> list[Path]:
         """Whole checkpoints, oldest first."""
         return checkpoint.all_of(self.root)
+
+    def checkpoint_named(self, name: str) -> Path:
+        """A checkpoint by its folder's name.
+
+        Raises:
+            RunError: it is gone.
+        """
+        path = self.root / "checkpoints" / name
+        if not path.is_dir():
+            raise RunError(f"{path}: that checkpoint is gone; start a new run from one that is there")
+        return path
 
     def best(self) -> Path:
         """The checkpoint to use: the best validated, else the last.

@@ -35,10 +35,10 @@ class Position(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     shards: int
-    """data shards that `step_in_epoch` counts the batches of"""
+    """data shards that `batch_in_epoch` counts the batches of"""
     step: int = 0
     epoch: int = 0
-    step_in_epoch: int = 0
+    batch_in_epoch: int = 0
     best: float | None = None
     """the monitored metric at its best, the greater the better"""
     best_step: int | None = None
@@ -59,13 +59,29 @@ def all_of(root: Path) -> list[Path]:
 
 def save(path: Path, model: nn.Module, optimizer: CombinedOptimizer, position: Position, ranks: Ranks) -> None:
     """Write a checkpoint folder, aside first: `path` is whole or absent."""
+    aside = made_aside(path, ranks)
+    dcp.save(state_of(model, optimizer), checkpoint_id=aside)
+    ranks.barrier()
+    seal(aside, path, position, ranks)
+
+
+def state_of(model: nn.Module, optimizer: CombinedOptimizer) -> dict[str, object]:
+    """What a checkpoint holds; the tensors are the model's own."""
+    return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+
+
+def made_aside(path: Path, ranks: Ranks) -> Path:
+    """An empty folder to write the checkpoint `path` into."""
     aside = path.with_name(f".{path.name}.partial")
     if ranks.first:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     ranks.barrier()
-    dcp.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, checkpoint_id=aside)
-    ranks.barrier()
+    return aside
+
+
+def seal(aside: Path, path: Path, position: Position, ranks: Ranks) -> None:
+    """Make the checkpoint `path` of what all ranks have written aside."""
     if ranks.first:
         (aside / POSITION).write_text(position.model_dump_json())
     names = ranks.agree(lambda: sorted(file.name for file in aside.iterdir()))

@@ -8,10 +8,9 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,8 +18,9 @@ import torch
 from torch import Tensor
 
 from launch.components import RESTARTED
+from tests.ranker.started_ranks import free_port
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 class Kill(NamedTuple):
@@ -42,14 +42,11 @@ def run_ranks(
     Raises:
         RuntimeError: they did not end well.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nnodes", str(agents), "--nproc-per-node",
         str(ranks // agents), "--max-restarts", "1", "--rdzv-backend", "c10d", "--rdzv-id", out.name,
-        "--rdzv-endpoint", f"127.0.0.1:{port}", "-m", "tests.ranker.killed_ranks", str(config), str(out),
-        "--set", *options,
+        "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "-m", "tests.ranker.training.killed_ranks", str(config),
+        str(out), "--set", *options,
     ]  # fmt: skip
     if kill:
         command += ["--kill", *map(str, kill)]
@@ -76,12 +73,6 @@ def differences(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str
     return sorted((found.keys() | wanted.keys()) - same)
 
 
-def _die(once: Path) -> None:
-    if not once.exists():
-        once.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """One rank."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -92,30 +83,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
 
     from features.config_file import load_config
-    from ranker import checkpoint, trainer
     from ranker.config import TrainConfig
+    from ranker.training import checkpoint, trainer
 
     trainer.ensure_healthy = lambda device: None
     killed = given.out.with_name(f"{given.out.name}.killed")
     if given.kill and not killed.exists():
         kill = Kill(int(given.kill[0]), int(given.kill[1]), given.kill[2])
+        step, save = trainer.Trainer.step, checkpoint.dcp.save
+
+        def die() -> None:
+            killed.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        def dying_save(*rest: object, **named: object) -> None:
+            save(*rest, **named)  # type: ignore[arg-type]
+            die()
+
+        def dying_step(self: trainer.Trainer, *rest: object) -> None:
+            if self.position.step == kill.step:
+                if kill.place == "step":
+                    die()
+                checkpoint.dcp.save = dying_save  # type: ignore[assignment]
+            step(self, *rest)  # type: ignore[arg-type]
+
         if int(os.environ["RANK"]) == kill.rank:
-            step, save = trainer.Trainer.step, checkpoint.dcp.save
-            saved: list[Callable[..., object]] = []
-
-            def killed_step(self: trainer.Trainer, *rest: object) -> None:
-                if self.position.step == kill.step:
-                    if kill.place == "step":
-                        _die(killed)
-                    saved.append(save)
-                step(self, *rest)  # type: ignore[arg-type]
-
-            def killed_save(*rest: object, **named: object) -> None:
-                save(*rest, **named)  # type: ignore[arg-type]
-                if saved:
-                    _die(killed)
-
-            trainer.Trainer.step, checkpoint.dcp.save = killed_step, killed_save  # type: ignore[assignment,method-assign]
+            trainer.Trainer.step = dying_step  # type: ignore[method-assign]
     trainer.train(load_config(given.config, TrainConfig, given.set), given.out, resume=True)
 
 

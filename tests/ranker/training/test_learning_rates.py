@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ranker.config import ScheduleConfig, TrainConfig
-from ranker.learning_rates import LearningRates, share
 from ranker.run import Run
-from ranker.trainer import train
+from ranker.training.learning_rates import LearningRates, share
+from ranker.training.trainer import train
 
 ConfigOf = Callable[..., TrainConfig]
 

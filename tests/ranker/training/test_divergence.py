@@ -14,11 +14,12 @@ from torch import Tensor
 from features.batch import RequestBatch, from_tensors
 from features.errors import UserError
 from features.selection import resolve
-from ranker import trainer as training
-from ranker.checkpoint import position_of
 from ranker.config import TrainConfig
 from ranker.run import Run
-from ranker.trainer import Trainer, train
+from ranker.training import learner
+from ranker.training.checkpoint import position_of
+from ranker.training.source import ReadWhenAsked
+from ranker.training.trainer import Trainer, train
 
 ConfigOf = Callable[..., TrainConfig]
 OPTIONS = ("training.epochs=1", "training.validation_split=null", "training.checkpoint_every=1", "training.max_steps=6")
@@ -30,7 +31,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Make the losses of some steps, counted from 1, something else."""
 
     def poison(*steps: int, loss: float = float("nan")) -> None:
-        step, losses = Trainer.step, training.esmm_loss
+        step, losses = Trainer.step, learner.esmm_loss
         now = [0]
 
         def counted(self: Trainer, *rest: object) -> None:
@@ -43,7 +44,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             return right * 0 + loss / 2 * labels.size(0) if now[0] in steps else right
 
         monkeypatch.setattr(Trainer, "step", counted)
-        monkeypatch.setattr(training, "esmm_loss", wrong)
+        monkeypatch.setattr(learner, "esmm_loss", wrong)
 
     return poison
 
@@ -54,7 +55,7 @@ def test_it_ends_the_run(config_of: ConfigOf, tmp_path: Path, poisoned: Callable
     kept = re.escape(str(run / "diverged"))
     with pytest.raises(UserError, match=rf"^step 4: the loss is nan; lower .* nothing was updated by it; .*{kept}$"):
         train(config_of(*OPTIONS), run)
-    assert [path.name for path in (run / "diverged").iterdir()] == ["step-00000004-rank-0.pt"]
+    assert [path.name for path in (run / "diverged").iterdir()] == ["step-00000004-batch-00000004-rank-0.pt"]
     assert Run(run).checkpoints()[-1].name == "step-00000003"
 
 
@@ -97,17 +98,17 @@ def test_the_batch_that_is_kept_is_the_batch(
 ):
     poisoned(1)
     seen: list[RequestBatch] = []
-    step = Trainer.step
+    take = ReadWhenAsked.take
 
-    def watched(self: Trainer, batch: RequestBatch, *rest: object) -> None:
-        seen.append(batch)
-        step(self, batch, *rest)  # type: ignore[arg-type]
+    def watched(self: ReadWhenAsked) -> RequestBatch:
+        seen.append(take(self))
+        return seen[-1]
 
     config, run = config_of(*OPTIONS), tmp_path / "run"
-    monkeypatch.setattr(Trainer, "step", watched)
+    monkeypatch.setattr(ReadWhenAsked, "take", watched)
     with pytest.raises(UserError, match="the loss is nan"):
         train(config, run)
-    tensors = torch.load(run / "diverged" / "step-00000001-rank-0.pt", weights_only=True)
+    tensors = torch.load(run / "diverged" / "step-00000001-batch-00000001-rank-0.pt", weights_only=True)
     kept = from_tensors(resolve(config.features, Run(run).dataset().manifest), tensors)
     for name in RequestBatch._fields:
         ours, theirs = getattr(kept, name), getattr(seen[0], name)

@@ -5,12 +5,12 @@ What needs two processes is done once, by this file as a program (:func:`scenari
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
-import socket
-import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +21,13 @@ from torch import Tensor
 from features.config_file import load_config
 from features.dataset import Dataset
 from features.errors import UserError
-from ranker import checkpoint, ranks
-from ranker import trainer as training
 from ranker.config import TrainConfig
 from ranker.evaluation.predict import selection_of
 from ranker.run import Run
-from ranker.trainer import train
+from ranker.towers import esmm_loss
+from ranker.training import checkpoint, learner
+from ranker.training.trainer import train
+from tests.ranker.started_ranks import keep_one_process_group, run_ranks_to_the_end
 
 ConfigOf = Callable[..., TrainConfig]
 Read = Callable[[Path], dict[str, Tensor]]
@@ -38,6 +39,8 @@ FROM_ONE = (
     "loader.shards=2", "loader.requests=128", "loader.drop_item=0.2", "training.checkpoint_every=1",
     "training.keep_checkpoints=99", "model.long=[{type: mean}, {type: target_attention}]", *EVERY_STEP,
 )  # fmt: skip
+AHEAD = ("training.read_ahead=true", "training.asynchronous_checkpoints=true")
+PARTS = ("training.accumulate=2", "training.divergence.policy=skip")
 UNEVEN = ("loader.requests=3", "training.epochs=2")
 ITEMS_ONLY = "features={request: [user], candidate: [item], dense: [], sequence: [item], event: []}"
 MORE_RANKS = (
@@ -55,17 +58,30 @@ REFUSED = {
 }
 
 
+@contextmanager
+def ruined_at(step: int) -> Generator[None]:
+    """The second batch of a step has no finite loss, and is skipped."""
+    losses, batches = esmm_loss, itertools.count()
+
+    def ruined(logits: Tensor, labels: Tensor) -> Tensor:
+        return losses(logits, labels) * (float("nan") if next(batches) == 2 * (step - 2) + 1 else 1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(learner, "esmm_loss", ruined)
+        yield
+
+
 def scenarios(config: Path, gaps: Path, out: Path) -> None:
     """What each of two ranks runs, in one process group."""
 
     def config_of(*options: str) -> TrainConfig:
         return load_config(config, TrainConfig, options)
 
-    training.ensure_healthy = lambda device: None
-    torch.distributed.init_process_group("gloo")
-    ranks.dist.init_process_group = lambda *_, **__: None  # type: ignore[assignment]
-    ranks.dist.destroy_process_group = lambda *_: None  # type: ignore[assignment]
+    keep_one_process_group()
     train(config_of(*FROM_ONE), out / "two", resume=True)
+    train(config_of(*FROM_ONE, *AHEAD), out / "ahead", resume=True)
+    with ruined_at(3):
+        train(config_of(*FROM_ONE, *PARTS), out / "parts of two", resume=True)
     train(config_of(f"dataset={gaps}", ITEMS_ONLY, *UNEVEN), out / "uneven")
     train(config_of(*MORE_RANKS), out / "more", resume=True)
     for name, options in REFUSED.items():
@@ -84,27 +100,13 @@ def runs(once: Callable[..., Path], config_of: ConfigOf, config_file: Path, gaps
     def make(out: Path) -> None:
         out.mkdir()
         train(config_of(*FROM_ONE, "training.max_steps=1"), out / "one")
-        shutil.copytree(out / "one", out / "two")
+        for name in ("two", "ahead", "parts of one", "parts of two"):
+            shutil.copytree(out / "one", out / name)
         train(config_of(*FROM_ONE), out / "one", resume=True)
+        with ruined_at(3):
+            train(config_of(*FROM_ONE, *PARTS), out / "parts of one", resume=True)
         train(config_of(*MORE_RANKS, "training.max_steps=5"), out / "more")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        environment = os.environ | group | {"OMP_NUM_THREADS": "1"}
-        command = [sys.executable, __file__, str(config_file), str(gaps), str(out)]
-        both = [
-            subprocess.Popen(
-                command, env=environment | {"RANK": rank, "LOCAL_RANK": rank}, text=True, stderr=subprocess.PIPE
-            )
-            for rank in "01"
-        ]
-        try:
-            told = [process.communicate(timeout=240)[1] for process in both]
-        finally:
-            for process in both:
-                process.kill()
-        assert [process.returncode for process in both] == [0, 0], "\n".join(text[-3000:] for text in told)
+        run_ranks_to_the_end(2, "tests.ranker.training.test_ranks_equal", str(config_file), str(gaps), str(out))
 
     return once("ranks", make)
 
@@ -129,6 +131,27 @@ def test_parameters_and_optimisers_are_those_of_one_rank(runs: Path, read_checkp
     assert positions[0] == positions[1]
 
 
+def test_reading_ahead_and_writing_behind_change_nothing(runs: Path, read_checkpoint: Read):
+    plain, ahead = (Run(runs / name).checkpoints() for name in ("two", "ahead"))
+    assert [path.name for path in plain] == [path.name for path in ahead]
+    for path, other in zip(plain, ahead, strict=True):
+        expected, found = read_checkpoint(path), read_checkpoint(other)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], value) for name, value in expected.items()), path.name
+
+
+def test_steps_of_several_batches_are_those_of_one_rank(runs: Path, read_checkpoint: Read):
+    """One of them with its last batch skipped, which was to average the gradient over the ranks."""
+    one, two = (Run(runs / f"parts of {count}").checkpoints() for count in ("one", "two"))
+    assert [path.name for path in one] == [path.name for path in two]
+    assert checkpoint.position_of(two[-1]).skipped == 1
+    assert checkpoint.position_of(two[-1]) == checkpoint.position_of(one[-1])
+    for path, other in zip(one[1:], two[1:], strict=True):
+        expected, found = read_checkpoint(path), read_checkpoint(other)
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=2e-6, msg=f"{path.name}{name}")
+
+
 def test_a_rank_that_runs_out_early_goes_along(runs: Path, gaps: Path, config_of: ConfigOf):
     data = Dataset(gaps)
     requests = [
@@ -145,10 +168,10 @@ def test_more_ranks_than_shards_go_on_with_the_epoch(runs: Path, config_of: Conf
     """One rank did 5 steps of its epoch; two take up the same share of it, and end with the last epoch."""
     run = Run(runs / "more")
     position = checkpoint.position_of(run.checkpoints()[-1])
-    assert (position.shards, position.epoch, position.step_in_epoch) == (2, 2, 0)
+    assert (position.shards, position.epoch, position.batch_in_epoch) == (2, 2, 0)
     data = Dataset(dataset)
     from features.selection import resolve
-    from ranker.trainer import Loader
+    from ranker.training.trainer import Loader
 
     selection = selection_of(run.config, data, resolve(run.config.features, data.manifest))
 
@@ -180,7 +203,7 @@ def test_run_json_counts_the_ranks(runs: Path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("planner", "no place for the tables under tables.pooled_sharding=['row_wise']"),
+        ("planner", "tables.pooled_sharding: ['row_wise'] leaves no place for table request_user"),
         ("label", "tasks.click: 'clicked' is not a label"),
         ("exists", "exists; choose another --out"),
         ("diverged", "; lower optimizer.lr or tables.lr"),

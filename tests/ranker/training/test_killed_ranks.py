@@ -10,7 +10,7 @@ import pytest
 from torch import Tensor
 
 from ranker.run import Run
-from tests.ranker.killed_ranks import Kill, differences, run_ranks
+from tests.ranker.training.killed_ranks import Kill, differences, run_ranks
 
 OPTIONS = (
     "loader.requests=128", "loader.drop_item=0.2", "model.tower.dropout=0.3", "training.epochs=1",
@@ -23,19 +23,29 @@ def undisturbed(once: Callable[..., Path], config_file: Path) -> Path:
     return once("undisturbed", lambda out: run_ranks(config_file, out, OPTIONS))
 
 
-@pytest.mark.parametrize("kill", [Kill(1, 7, "step"), Kill(0, 4, "checkpoint")], ids=str)
+@pytest.mark.parametrize(
+    ("kill", "options"),
+    [
+        (Kill(1, 7, "step"), ()),
+        (Kill(0, 4, "checkpoint"), ()),
+        (Kill(0, 6, "step"), ("training.asynchronous_checkpoints=true", "training.read_ahead=true")),
+    ],
+    ids=str,
+)
 def test_a_killed_rank(
     kill: Kill,
+    options: tuple[str, ...],
     undisturbed: Path,
     config_file: Path,
     tmp_path: Path,
     read_checkpoint: Callable[[Path], dict[str, Tensor]],
 ):
-    said = run_ranks(config_file, tmp_path / "run", OPTIONS, kill)
+    said = run_ranks(config_file, tmp_path / "run", (*OPTIONS, *options), kill)
     assert re.search(r"exitcode\s*: -9|Signal 9", said)
-    # step 4 ends before the checkpoint of step 5, which is never whole: on from the one before
+    # step 4 ends before the checkpoint of step 5, which is never whole: on from the one before; that of step 6 has just
+    # begun to be written behind when step 7 ends, and the one before it, of the validation at step 5, is whole
     assert "resumed from" in said
-    assert ("at step 6" if kill.step == 7 else "at step 3") in said
+    assert f"at step { {7: 6, 4: 3, 6: 5}[kill.step] }" in said
     last, expected = (Run(root).checkpoints()[-1] for root in (tmp_path / "run", undisturbed))
     assert last.name == expected.name
     assert differences(read_checkpoint(last), read_checkpoint(expected)) == []

@@ -16,7 +16,7 @@ from ranker.config import TrainConfig
 from ranker.evaluate import evaluate
 from ranker.run import Run, RunError
 from ranker.train import main
-from ranker.trainer import Trainer, train
+from ranker.training.trainer import Trainer, train
 
 ConfigOf = Callable[..., TrainConfig]
 Scalars = Callable[[Path], dict[str, dict[int, float]]]
@@ -33,7 +33,9 @@ def test_it_learns_what_the_references_cannot(trained: Path, scalars: Scalars):
     assert metrics["ctcvr"]["auc"] > 0.6
 
 
-def test_scalars_of_a_run(config_of: ConfigOf, scalars: Scalars, tmp_path: Path):
+def test_scalars_of_a_run(
+    config_of: ConfigOf, scalars: Scalars, tmp_path: Path, read_checkpoint: Callable[[Path], dict[str, Tensor]]
+):
     steps = ("training.max_steps=7", "training.log_every=3", "training.validate_every=4")
     train(config_of(*steps, "optimizer.schedule.warmup_steps=10"), tmp_path / "run")
     found = scalars(tmp_path / "run")
@@ -48,6 +50,15 @@ def test_scalars_of_a_run(config_of: ConfigOf, scalars: Scalars, tmp_path: Path)
         assert list(found[f"valid/{task}/auc"]) == [4, 7]
     assert found["train/learning_rate"] == pytest.approx({3: 0.003, 6: 0.006, 7: 0.007})
     assert found["loss/ctr"][3] == pytest.approx(math.log(2), rel=0.2)
+    known = found["lookups/candidate/item/known"]
+    assert list(known) == [3, 6, 7]
+    assert 0.8 < known[7] < 1  # some are dropped
+    assert 0 < found["lookups/sequence/history_item/distinct"][7] < 0.2  # of 40 items
+    norms = found["tables/sequence_item/norm"]
+    assert list(norms) == [4, 7]  # at checkpoints
+    whole = read_checkpoint(Run(tmp_path / "run").checkpoints()[-1])
+    table = next(x for name, x in whole.items() if name.startswith(".model") and name.endswith("sequence_item.weight"))
+    assert norms[7] == pytest.approx(float(table.square().sum(1).mean().sqrt()), rel=1e-5)
     speed = [found[f"speed/{what}_per_s"][6] for what in ("candidates", "requests")]
     assert speed[0] == pytest.approx(8 * speed[1], rel=1e-5)  # eight candidates each
 
@@ -133,7 +144,7 @@ REFUSED = {
     "features.dense=[item.prize]": "did you mean 'item.price'",
     "tables.dims={usr: 8}": "tables.dims.usr: not a pooled feature; this model has user, ",
     "tables.dims={user: 6}": "tables.dims.user: 6; must be a multiple of 4",
-    "tables.pooled_sharding=[row_wise]": "tables.pooled_sharding=",
+    "tables.pooled_sharding=[row_wise]": "tables.pooled_sharding: ",
     "loader.shards=5": "4 partitions are too few for 5 shards",
     "optimizer.lr=1e30": "step [23]: the (gradient|loss) is (nan|inf); lower optimizer.lr",
 }
@@ -210,3 +221,14 @@ def test_the_command_reports_errors_in_one_line(config_file: Path, tmp_path: Pat
     assert "model.short.lenght" in error
     assert "did you mean 'length'" in error
     assert "Traceback" not in error
+
+
+def test_a_job_that_slurm_started_again_goes_on(config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """TorchX has Slurm do so when a machine is lost, whether or not --resume was given."""
+    command = [str(config_file), "--out", str(tmp_path / "run"), "--set", "training.checkpoint_every=2"]
+    main([*command, "training.max_steps=2"])
+    with pytest.raises(SystemExit):
+        main([*command, "training.max_steps=4"])
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    main([*command, "training.max_steps=4"])
+    assert [path.name for path in Run(tmp_path / "run").checkpoints()] == ["step-00000002", "step-00000004"]

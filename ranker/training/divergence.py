@@ -7,6 +7,7 @@ makes a batch of.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -15,21 +16,26 @@ import torch
 from features.batch import RequestBatch, to_tensors
 from features.errors import UserError
 from features.progress import log
-from ranker.checkpoint import Position
 from ranker.config import DivergenceConfig
 from ranker.ranks import Ranks
+from ranker.training.checkpoint import Position
 
 
+class Diverged(UserError):
+    """Training diverged; raised on every rank."""
+
+
+@dataclass(frozen=True)
 class Divergence:
     """The watch over a run's losses and gradients. All ranks come to the same verdict.
 
     Attributes:
-        root: the run's folder; batches are kept nowhere as long as it is None.
+        root: the run's folder; None: batches are not kept.
     """
 
-    def __init__(self, config: DivergenceConfig, ranks: Ranks) -> None:
-        self.config, self.ranks = config, ranks
-        self.root: Path | None = None
+    config: DivergenceConfig
+    ranks: Ranks
+    root: Path | None
 
     def skips(self, batch: RequestBatch, loss: float, position: Position) -> bool:
         """Whether a batch is to be left out for its loss, all ranks' together; counts it in `position` then.
@@ -63,7 +69,7 @@ class Divergence:
         Args:
             state: what the batch has done.
         """
-        raise UserError(
+        raise Diverged(
             f"step {position.step + 1}: {wrong}; lower optimizer.lr or tables.lr, or look for extreme values in "
             f"features.dense. The batch: {state}{self._keep(batch, position)}"
         )
@@ -74,7 +80,8 @@ class Divergence:
             return ""
         folder = self.root / "diverged"
         folder.mkdir(exist_ok=True)
-        path = folder / f"step-{position.step + 1:08d}-rank-{self.ranks.rank}.pt"
+        which = f"step-{position.step + 1:08d}-batch-{position.batch_in_epoch:08d}"
+        path = folder / f"{which}-rank-{self.ranks.rank}.pt"
         aside = path.with_name(f".{path.name}")
         torch.save({name: x.cpu() for name, x in to_tensors(batch).items()}, aside)
         aside.rename(path)

@@ -46,6 +46,12 @@ def table_parameters(tables: Tables) -> int:
     return sum(p.numel() for name, p in tables.named_parameters() if not name.startswith("content."))
 
 
+def rss_bytes() -> int:
+    """The memory that this process has in RAM now; the most it had, where only that can be told."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * resource.getpagesize() if statm.is_file() else peak_rss_bytes()
+
+
 def peak_rss_bytes() -> int:
     """The most memory that this process has had in RAM. From /proc where there is one: `getrusage` also counts what the
     parent had when it forked."""

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from features.errors import UserError
-from ranker import checkpoint
 from ranker.config import TrainConfig
 from ranker.ranks import join_ranks
 from ranker.run import Run, RunError
-from ranker.trainer import Trainer, train
+from ranker.training import checkpoint
+from ranker.training.trainer import Trainer, train
 
 ConfigOf = Callable[..., TrainConfig]
 Read = Callable[[Path], dict[str, Tensor]]
@@ -243,9 +243,9 @@ def test_one_changed_bit_is_enough(straight: Path, tmp_path: Path):
         assert checkpoint.fault(path, ranks) == "__0_0.distcp is not what was written"
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(("workers", "after"), [(0, 5), (1, 5), (0, 8)])  # at step 8 a validation is due
 def test_sigterm_leaves_a_checkpoint(
-    workers: int, straight: Path, config_of: ConfigOf, tmp_path: Path, read_checkpoint: Read,
+    workers: int, after: int, straight: Path, config_of: ConfigOf, tmp_path: Path, read_checkpoint: Read,
     capsys: pytest.CaptureFixture[str],
 ):  # fmt: skip
     """A scheduler's time is over, and all processes of the job are told so: what was done is kept, the exit code is a
@@ -256,7 +256,7 @@ def test_sigterm_leaves_a_checkpoint(
 
         def ended(self: Trainer, *arguments: object) -> None:
             step(self, *arguments)  # type: ignore[arg-type]
-            if self.position.step == 4:
+            if self.position.step == after - 1:
                 children = [child.pid for child in multiprocessing.active_children()]
                 assert len(children) == workers
                 for process in (*children, os.getpid()):
@@ -267,8 +267,27 @@ def test_sigterm_leaves_a_checkpoint(
             train(config, run)
     assert exit.value.code == 143
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    assert Run(run).checkpoints()[-1].name == "step-00000005"  # the step that was on its way is done
-    assert "checkpoint at step 5; `--resume` goes on from there" in capsys.readouterr().err
+    assert Run(run).checkpoints()[-1].name == f"step-{after:08d}"  # the step that was on its way is done
+    assert f"told to end (SIGTERM) after step {after}; `--resume` goes on from there" in capsys.readouterr().err
     train(config, run, resume=True)
-    found, wanted = (read_checkpoint(Run(root).checkpoints()[-1]) for root in (run, straight))
+    last, expected = (Run(root).checkpoints()[-1] for root in (run, straight))
+    found, wanted = read_checkpoint(last), read_checkpoint(expected)
     assert all(torch.equal(found[name], value) for name, value in wanted.items())
+    assert checkpoint.position_of(last) == checkpoint.position_of(expected)
+
+
+def test_sigterm_at_the_last_step_changes_nothing(straight: Path, config_of: ConfigOf, tmp_path: Path):
+    """What is done is done: the run ends well."""
+    steps = checkpoint.position_of(Run(straight).checkpoints()[-1]).step
+    with pytest.MonkeyPatch.context() as patch:
+        step = Trainer.step
+
+        def ended(self: Trainer, *arguments: object) -> None:
+            if self.position.step == steps - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            step(self, *arguments)  # type: ignore[arg-type]
+
+        patch.setattr(Trainer, "step", ended)
+        train(config_of(*OPTIONS), tmp_path / "run")
+    last, expected = (Run(root).checkpoints()[-1] for root in (tmp_path / "run", straight))
+    assert checkpoint.position_of(last) == checkpoint.position_of(expected)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+
+from tests.ranker.started_ranks import start_ranks
 
 TIMEOUT_S = 20
 
@@ -18,8 +18,8 @@ TIMEOUT_S = 20
 def train_on_this_rank(config: Path, out: Path, end: str) -> None:
     """One of two ranks, of which the second hangs or dies at its third step."""
     from features.config_file import load_config
-    from ranker import trainer
     from ranker.config import TrainConfig
+    from ranker.training import trainer
 
     trainer.ensure_healthy = lambda device: None
     if os.environ["RANK"] == "1":
@@ -37,18 +37,7 @@ def train_on_this_rank(config: Path, out: Path, end: str) -> None:
 
 @pytest.mark.parametrize("end", ["hangs", "dies"])
 def test_the_other_rank_says_where(config_file: Path, tmp_path: Path, end: str):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    command = [sys.executable, __file__, str(config_file), str(tmp_path / "run"), end]
-    both = [
-        subprocess.Popen(
-            command, env=os.environ | group | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"}, text=True,
-            stderr=subprocess.PIPE,
-        )
-        for rank in "01"
-    ]  # fmt: skip
+    both = start_ranks(2, "tests.ranker.training.test_lost_ranks", str(config_file), str(tmp_path / "run"), end)
     try:
         said = both[0].communicate(timeout=120)[1]
     finally:

@@ -11,7 +11,7 @@ from pathlib import Path
 from features.dataset import Dataset
 from features.selection import resolve
 from ranker.run import Run
-from ranker.trainer import build, train
+from ranker.training.trainer import build, train
 
 
 def test_candidates_and_parameters(trained: Path, dataset: Path):
@@ -39,7 +39,7 @@ def test_a_run_resumed_at_its_end_keeps_what_it_cost(trained: Path, tmp_path: Pa
 
 
 def test_the_peak_outlasts_what_made_it():
-    told = "from ranker.training_cost import peak_rss_bytes as peak; a = peak(); bytes([1]) * 2**28; print(a, peak())"
+    told = "from ranker.training.cost import peak_rss_bytes as peak; a = peak(); bytes([1]) * 2**28; print(a, peak())"
     done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True)
     before, after = map(int, done.stdout.split())
     assert before < 2**28 < after < before + 2**29
