@@ -18,7 +18,7 @@ from rich.table import Table
 
 from features.errors import UserError
 from features.schema import Split
-from ranker import cli_compare, cli_sids
+from ranker import cli_compare, cli_plan, cli_sids
 from ranker.doctor import ensure_healthy, ensure_versions
 from ranker.doctor_probe import probe_apart
 
@@ -37,6 +37,7 @@ app = typer.Typer(
 app.add_typer(cli_sids.app, name="sids")
 app.command("compare")(cli_compare.compare)
 app.command("tune")(cli_compare.tune)
+app.command("plan")(cli_plan.plan)
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; `ranker schema` lists its keys")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="folder made by `ranker train`")]
@@ -87,14 +88,18 @@ def train(
     out: Annotated[Path, typer.Option(help="run folder to make")],
     set_: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on where --out has a run, else start it")] = False,
+    from_: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="RUN", help="start from another run of the same model (warm_start.run)"),
+    ] = None,
 ) -> None:
     """Train a ranker on a prepared dataset, in one process. For many: torchrun or torchx with `-m ranker.train`."""
     ensure_versions()
     from features.config_file import load_config
-    from ranker.config import TrainConfig
-    from ranker.trainer import train as run
+    from ranker.config import TrainConfig, with_start
+    from ranker.training.trainer import train as run
 
-    run(load_config(config, TrainConfig, set_ or ()), out, resume=resume)
+    run(load_config(config, TrainConfig, with_start(set_ or (), from_)), out, resume=resume)
 
 
 @app.command()
@@ -189,6 +194,8 @@ def _config_model(name: Literal["prepare", "sids", "train", "compare"]) -> type[
 
 def _print_manifest(manifest: Manifest, out: Path) -> None:
     """Counts of what was made, and of what was left out."""
+    from ranker.cli_prepare import id_table
+
     console = Console()
     labels = manifest.labels
     table = Table(
@@ -207,11 +214,15 @@ def _print_manifest(manifest: Manifest, out: Path) -> None:
     for column in table.columns[1:]:
         column.justify = "right"
     console.print(table)
+    console.print(id_table(manifest))
     console.print(
         f"{manifest.events:,} history events of {manifest.users - 1:,} users; {manifest.known_items - 1:,} known and "
         f"{manifest.items - manifest.known_items:,} unknown items; {len(manifest.partitions)} partitions"
     )
     dropped = {reason: count for reason, count in manifest.dropped.items() if count}
+    found = {what: count for what, count in manifest.counted.items() if count}
+    if found:
+        console.print("found: " + ", ".join(f"{what}: {count:,}" for what, count in found.items()))
     console.print("dropped: " + (", ".join(f"{reason}: {count:,}" for reason, count in dropped.items()) or "nothing"))
 
 

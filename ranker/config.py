@@ -3,10 +3,12 @@ it names."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from features.loader import LoaderConfig
 from features.schema import Split, Strict
@@ -22,22 +24,134 @@ class ScheduleConfig(Strict):
     final: float = Field(default=0.0, ge=0, le=1, description="share of it that is left after the run's last step")
 
 
+def _stepped_by_its_own_optimizer(value: object) -> object:
+    """Refuse what TorchRec would step by the dense parameters' Adam: a replicated table, and the dense kernel."""
+    for name in ("data_parallel", "dense"):
+        if isinstance(value, list) and name in value:
+            raise ValueError(
+                f"{name!r} is not offered: TorchRec leaves out tables.optimizer for such a table and steps it with the "
+                "dense parameters; a small table is best left table_wise, with kernel fused"
+            )
+    return value
+
+
+_NoAdam = BeforeValidator(_stepped_by_its_own_optimizer)
+_PooledSharding = Literal["table_wise", "column_wise", "row_wise", "table_row_wise"]
+_AnySharding = Literal[_PooledSharding, "table_column_wise", "grid_shard"]
+_Kernel = Literal["fused", "fused_uvm", "fused_uvm_caching"]
+
+
+class TableShardingConfig(Strict):
+    """What TorchRec may do with one table; its ParameterConstraints."""
+
+    types: Annotated[list[_AnySharding], _NoAdam] | None = Field(
+        default=None, min_length=1, description="sharding types to choose from; default: those of the table's kind"
+    )
+    kernels: Annotated[list[_Kernel], _NoAdam] = Field(
+        default_factory=lambda: ["fused"],
+        min_length=1,
+        description="compute kernels to choose from: `fused` in the ranks' own memory; `fused_uvm`, in the host's, and "
+        "`fused_uvm_caching`, there with a cache in HBM, need a GPU",
+    )
+    min_partition: int | None = Field(
+        default=None, ge=4, multiple_of=4, description="narrowest shard of column_wise; default: TorchRec's, 128"
+    )
+    pooling_factors: list[Annotated[float, Field(gt=0)]] | None = Field(
+        default=None,
+        min_length=1,
+        description="mean ids of a request (of a candidate, for candidate_*) for each feature of the table; default: "
+        "estimated from the dataset",
+    )
+    cache_load_factor: float | None = Field(
+        default=None, gt=0, lt=1, description="fused_uvm_caching: share of the rows in HBM; default: TorchRec's, 0.2"
+    )
+    cache_algorithm: Literal["lru", "lfu"] | None = Field(
+        default=None, description="fused_uvm_caching: which rows stay; default: FBGEMM's, lru"
+    )
+
+    @model_validator(mode="after")
+    def _only_caching_has_a_cache(self) -> TableShardingConfig:
+        cached = self.cache_load_factor is not None or self.cache_algorithm is not None
+        if cached and "fused_uvm_caching" not in self.kernels:
+            raise ValueError(
+                f"cache_load_factor and cache_algorithm are of fused_uvm_caching, and kernels are {self.kernels}; add "
+                "it there"
+            )
+        return self
+
+
+class BucketsConfig(Strict):
+    """A table with fewer rows than ids."""
+
+    rows: int = Field(ge=1, description="at most so many, beside that of missing and unknown ids")
+    hashes: Literal[1, 2] = Field(
+        default=1,
+        description="rows that an id reads and adds up (a bag's mean is over them all); two ids that share one seldom "
+        "share both",
+    )
+
+
 class TablesConfig(Strict):
     """Embedding tables and how TorchRec may shard them."""
 
     dim: int = Field(default=16, ge=4, multiple_of=4, description="embedding width")
     dims: dict[str, int] = Field(default_factory=dict, description="other widths by feature, pooled features only")
+    buckets: dict[str, int | BucketsConfig] = Field(
+        default_factory=dict,
+        description="tables with fewer rows than ids, by feature: so many rows, or a block; where there are more ids, "
+        "index i reads row 1 + (i − 1) mod rows",
+    )
+    managed_collision: dict[str, int] = Field(
+        default_factory=dict,
+        description="not supported: hash_buckets in the prepare config is for open vocabularies, tables.buckets for "
+        "small tables",
+    )
     init_scale: float = Field(default=0.01, gt=0, description="tables start uniform in ± this")
     optimizer: Literal["rowwise_adagrad", "adagrad", "sgd"] = "rowwise_adagrad"
     lr: float = Field(default=0.05, gt=0)
     eps: float = Field(default=1e-8, gt=0)
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
-    pooled_sharding: list[Literal["table_wise", "column_wise", "row_wise", "table_row_wise"]] = Field(
+    pooled_sharding: Annotated[list[_PooledSharding], _NoAdam] = Field(
         default_factory=lambda: ["table_wise", "column_wise"], description="allowed for pooled tables"
     )
-    sequence_sharding: list[Literal["table_wise", "column_wise", "row_wise"]] = Field(
+    sequence_sharding: Annotated[list[Literal["table_wise", "column_wise", "row_wise"]], _NoAdam] = Field(
         default_factory=lambda: ["table_wise", "row_wise"], description="allowed for sequence tables"
     )
+    sharding: dict[str, TableShardingConfig] = Field(
+        default_factory=dict,
+        description="by table, as `ranker plan` and training's log name it (`sequence_item`): what goes for it alone",
+    )
+    reserve: float = Field(
+        default=0.15,
+        ge=0,
+        lt=1,
+        description="share of a GPU's memory that the planner keeps free, for activations, which it does not know",
+    )
+
+    @field_validator("buckets")
+    @classmethod
+    def _at_least_one_bucket(cls, buckets: dict[str, int | BucketsConfig]) -> dict[str, int | BucketsConfig]:
+        for name, asked in buckets.items():
+            if isinstance(asked, int) and asked < 1:
+                raise ValueError(f"{name}: {asked} rows; must be at least 1")
+        return buckets
+
+    @field_validator("managed_collision")
+    @classmethod
+    def _refuse_managed_collision(cls, tables: dict[str, int]) -> dict[str, int]:
+        if tables:
+            raise ValueError(
+                f"{', '.join(tables)}: managed-collision tables are not supported, on CPUs or GPUs: TorchScript, which "
+                "`ranker export` writes, cannot hold them. For ids without end set hash_buckets (user_hash_buckets, "
+                "item_hash_buckets) in the prepare config, or give them a vocabulary; for fewer rows than a vocabulary "
+                "has, set tables.buckets"
+            )
+        return tables
+
+    def buckets_of(self, feature: str) -> BucketsConfig | None:
+        """What `buckets` says of a feature."""
+        asked = self.buckets.get(feature)
+        return BucketsConfig(rows=asked) if isinstance(asked, int) else asked
 
 
 class DinConfig(Strict):
@@ -99,7 +213,7 @@ class TrainingConfig(Strict):
     """How long, how often, when to stop."""
 
     epochs: int = Field(default=1, ge=1)
-    max_steps: int | None = Field(default=None, ge=1)
+    max_steps: int | None = Field(default=None, ge=0, description="0: no more than a warm start")
     splits: list[Split] = Field(default_factory=lambda: ["train"], min_length=1, description="splits that train")
     validate_every: int | None = Field(
         default=None, ge=1, description="steps between validations; default: each epoch's end"
@@ -116,16 +230,37 @@ class TrainingConfig(Strict):
     )
     keep_checkpoints: int = Field(default=2, ge=1)
     divergence: DivergenceConfig = Field(default_factory=DivergenceConfig)
+    asynchronous_checkpoints: bool = Field(
+        default=False, description="train on while a copy of the state, in the hosts' memory, is written"
+    )
+    accumulate: int = Field(
+        default=1,
+        ge=1,
+        description="batches of a step: dense parameters learn from all of them at once, tables from each as it comes",
+    )
+    read_ahead: bool = Field(
+        default=False,
+        description="send the next batch's ids between ranks while this one is trained on (TorchRec's sparse "
+        "distribution pipeline); the numbers stay the same",
+    )
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="of products in the forward pass of training (autocast); parameters, tables, losses and "
+        "evaluation stay float32",
+    )
     log_every: int = Field(default=50, ge=1)
+    trace_after: int | None = Field(
+        default=None, ge=0, description="trace the steps after this one into RUN/traces; SIGUSR1 asks for a trace too"
+    )
+    trace_steps: int = Field(default=5, ge=1, description="steps of a trace")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = Field(
         default=None,
         ge=1,
         description="CPU threads of each rank; default: cores / ranks on the machine − loader workers",
     )
-
     collective_timeout_s: float = Field(
-        default=600.0, gt=0, description="how long ranks wait for one that is late, as in a collective"
+        default=1800.0, gt=0, description="how long ranks wait for a late one; more than a checkpoint takes to write"
     )
 
     @model_validator(mode="after")
@@ -135,6 +270,31 @@ class TrainingConfig(Strict):
                 f"patience: the validation split {self.validation_split!r} is trained on; remove it from splits"
             )
         return self
+
+
+class WarmStartConfig(Strict):
+    """Start from another run of the same model on an older dataset, its tables row by raw id."""
+
+    run: Path | None = Field(default=None, description="run folder to start from (`--from RUN`); none: from scratch")
+    checkpoint: Literal["best", "newest"] = "best"
+    new_rows: Literal["unknown", "random", "mean"] = Field(
+        default="unknown",
+        description="what ids that the run does not know start from: its row of unknown ids, which loader.drop_item "
+        "and drop_user train; a random row; the mean of its rows",
+    )
+    dense_optimizer: Literal["keep", "reset"] = Field(default="keep", description="Adam's moments of dense parameters")
+    table_optimizer: Literal["keep", "reset"] = Field(
+        default="keep", description="the tables' state (Adagrad's sums), row by row; 0 for new rows"
+    )
+    moments: Literal["keep", "measure"] = Field(
+        default="keep",
+        description="mean and deviation of dense features: the run's, with which its parameters were trained, or those "
+        "of the new dataset",
+    )
+    codebooks: Literal["keep", "reset"] = Field(
+        default="keep",
+        description="where semantic IDs are of another codebook: refuse, or start the tables of their codes anew",
+    )
 
 
 class TrainConfig(Strict):
@@ -150,6 +310,22 @@ class TrainConfig(Strict):
     loader: LoaderConfig = Field(default_factory=LoaderConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
+    warm_start: WarmStartConfig = Field(default_factory=WarmStartConfig)
+
+    @model_validator(mode="after")
+    def _steps_or_a_start(self) -> TrainConfig:
+        if self.training.max_steps == 0 and self.warm_start.run is None:
+            raise ValueError("training.max_steps: 0 leaves nothing to keep without warm_start.run (--from RUN)")
+        return self
+
+    @model_validator(mode="after")
+    def _ids_that_are_sent_ahead_stay_as_they_are(self) -> TrainConfig:
+        if self.training.read_ahead and self.tables.buckets:
+            raise ValueError(
+                "training.read_ahead: tables.buckets makes rows of ids within the model, where they cannot be sent "
+                "ahead; leave one of them out"
+            )
+        return self
 
     @property
     def history_length(self) -> int:
@@ -168,3 +344,8 @@ class TrainConfig(Strict):
     def search_weights(self) -> list[float]:
         """Of the click losses of blocks that have one of their own, in their order."""
         return [block.search_weight for block in self.model.long if isinstance(block, SimSoftConfig)]
+
+
+def with_start(overrides: Sequence[str], run: Path | None) -> list[str]:
+    """Overrides of a config with the run that ``--from`` names."""
+    return [*overrides, *([f"warm_start.run={json.dumps(str(run), ensure_ascii=False)}"] if run else [])]

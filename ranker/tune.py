@@ -21,11 +21,11 @@ from features.config_yaml import read_yaml
 from features.dataset import Dataset
 from features.errors import UserError
 from features.progress import Progress, log
-from ranker import checkpoint
 from ranker.compare.launching import ChildProcesses
 from ranker.compare.running import tail
 from ranker.config import TrainConfig
 from ranker.run import Run, write_json, write_text
+from ranker.training import checkpoint
 
 if TYPE_CHECKING:
     from optuna import Study, Trial

@@ -17,10 +17,15 @@ from ranker.config import TrainConfig
 from ranker.embeddings import Tables
 from ranker.export import unsharded
 from ranker.model import Ranker
+from ranker.planning import placement
+from ranker.planning.constraints import ShardingError
+from ranker.planning.reads import reads_of
+from ranker.planning.tables import Table, tables_of
 from ranker.ranks import join_ranks
-from ranker.sharding import ShardingError, describe_plan, shard, table_names
+from ranker.sharding import describe_plan, shard
 from ranker.towers import esmm_loss
-from ranker.trainer import Trainer, build
+from ranker.training.source import ReadWhenAsked
+from ranker.training.trainer import Trainer, build
 
 ConfigOf = Callable[..., TrainConfig]
 
@@ -29,14 +34,14 @@ def test_the_plan_holds_every_table(config_of: ConfigOf, dataset: Path):
     config = config_of()
     spec = resolve(config.features, Dataset(dataset).manifest)
     model = build(spec, config, {}, {})
-    tables = table_names(model)
+    tables = {table.name: table.kind for table in tables_of(model)}
     assert tables == {
         "request_user": "pooled", "request_user_device": "pooled",
         "candidate_item": "pooled", "candidate_item_category": "pooled", "candidate_candidate_position": "pooled",
         "sequence_item": "sequence", "sequence_item_category": "sequence", "sequence_event_action": "sequence",
     }  # fmt: skip
     with join_ranks("cpu", 1) as ranks:
-        _, plan = shard(model, config.tables, ranks)
+        _, plan = shard(model, config.tables, ranks, reads_of(config, Dataset(dataset), spec, 1))
         rows = describe_plan(plan)
     assert [row[0] for row in rows] == sorted(tables)
     for name, sharding, kernel, where in rows:
@@ -45,20 +50,25 @@ def test_the_plan_holds_every_table(config_of: ConfigOf, dataset: Path):
         assert (kernel, where) == ("fused", "0")
 
 
-def test_an_impossible_sharding_names_the_keys(config_of: ConfigOf, dataset: Path):
+def test_an_impossible_sharding_names_the_key_and_what_is_possible(config_of: ConfigOf, dataset: Path):
     config = config_of("tables.pooled_sharding=[row_wise]")
     model = build(resolve(config.features, Dataset(dataset).manifest), config, {}, {})
-    message = r"no place for the tables under tables.pooled_sharding=\['row_wise'\], tables.sequence_sharding=\["
+    message = (
+        r"tables.pooled_sharding: \['row_wise'\] leaves no place for table request_user: on a CPU, TorchRec shards "
+        "pooled tables table_wise, column_wise, table_column_wise; allow one of these"
+    )
     with join_ranks("cpu", 1) as ranks, pytest.raises(ShardingError, match=message):
-        shard(model, config.tables, ranks)
+        shard(model, config.tables, ranks, {})
 
 
 def test_a_table_left_out_of_the_plan_is_named(config_of: ConfigOf, dataset: Path, monkeypatch: pytest.MonkeyPatch):
     config = config_of()
     model = build(resolve(config.features, Dataset(dataset).manifest), config, {}, {})
-    monkeypatch.setattr("ranker.sharding.table_names", lambda model: {"request_user": "pooled", "lost": "pooled"})
-    with join_ranks("cpu", 1) as ranks, pytest.raises(ShardingError, match=r"the plan leaves out lost under tables."):
-        shard(model, config.tables, ranks)
+    lost = [*tables_of(model), Table("lost", "pooled", ("user",), 8, 8)]
+    monkeypatch.setattr(placement, "tables_of", lambda model: lost)
+    message = "the plan leaves out lost under tables.pooled_sharding; allow more"
+    with join_ranks("cpu", 1) as ranks, pytest.raises(ShardingError, match=message):
+        shard(model, config.tables, ranks, {})
 
 
 def sgd(weight: Tensor, gradient: Tensor, lr: float, eps: float) -> Tensor:
@@ -86,7 +96,7 @@ def test_the_first_step_is_that_of_the_equations(
         trainer = Trainer(config, Dataset(dataset), {}, ranks)
         literal: Ranker = unsharded(trainer.model, spec, run).train()  # type: ignore[arg-type]
         batch = next(trainer.loader.batches())
-        trainer.step(batch, Progress("train", 1, shown=False))
+        trainer.step(ReadWhenAsked(iter([batch]), ranks.device), 1, Progress("train", 1, shown=False))
         after = unsharded(trainer.model, spec, run).state_dict()  # type: ignore[arg-type]
 
     losses = esmm_loss(literal(batch).logits, batch.labels) / batch.candidates

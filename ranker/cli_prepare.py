@@ -1,0 +1,34 @@
+"""What `ranker prepare` shows of the ids it met: rows of their tables, collisions of hashed ones, unknown ones."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from features.dataset import HashInfo, Manifest
+
+
+def id_table(manifest: Manifest) -> Table:
+    """One line for each feature of ids: rows of a table, row 0 included; of hashed ids how many there are, and how many
+    share their row; else the share of the ids of each split that the vocabulary lacks."""
+    splits = manifest.filled_splits()
+    table = Table("ids", "rows", "hashed ids", "share a row", *(f"unknown, {split}" for split in splits))
+    for feature, rows, hashed in _features(manifest):
+        unknown = [manifest.splits[split].unknown.get(feature) for split in splits]
+        counts = ("–", "–") if hashed is None else (f"{hashed.ids:,}", _share(hashed.sharing, hashed.ids))
+        table.add_row(feature, f"{rows:,}", *counts, *("–" if n is None else _share(*n) for n in unknown))
+    table.columns[0].no_wrap = True  # a feature's name is what configs say
+    for column in table.columns[1:]:
+        column.justify = "right"
+    return table
+
+
+def _features(manifest: Manifest) -> list[tuple[str, int, HashInfo | None]]:
+    named = [(kind, manifest.id_rows(kind), manifest.hashed(kind)) for kind in ("user", "item")]
+    for scope, columns in manifest.columns.items():
+        ids = {name: info for name, info in columns.items() if info.kind in ("categorical", "bag")}
+        named += [(f"{scope}.{name}", info.size, info.hashed) for name, info in ids.items()]
+    return named
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.2%}" if whole else "–"
