@@ -5,11 +5,16 @@ r"""TorchX components: the commands of `ranker` on many processes and machines, 
         --nnodes 2 --nproc 8 --gpu 8
 
 What follows ``--`` goes to the command itself: ``-- --set training.epochs=3 --resume``. (A list option would not do:
-TorchX splits lists at commas, which values may hold.) `config`, `out` and the dataset must be seen by every machine.
+TorchX splits lists at commas, which values may hold.) `config`, `out` and the dataset must be seen by every machine:
+on Slurm by a shared disk, on Kubernetes by `mounts`.
+
+What belongs to a cluster and not to a job (partition, time limit, queue, image) is a setting of TorchX's scheduler:
+`-cfg`, ``.torchxconfig`` in the folder `torchx` is called from, or a file of ``launch/profiles/`` named by the
+environment variable TORCHXCONFIG.
 """
 
 # ruff: noqa: UP006, UP035, UP045 - TorchX reads the source of the annotations, in the older form only
-from typing import Dict, Optional
+from typing import Dict, List, NamedTuple, Optional
 
 import torchx.components.dist as dist
 import torchx.components.utils as utils
@@ -18,6 +23,25 @@ import torchx.specs as specs
 # For torchrun, which dist.ddp says nothing to. By default its processes meet in a store that outlives them: one that is
 # started again can read an address that a dead one left there, and wait for it in vain.
 RESTARTED = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+
+class Size(NamedTuple):
+    """Machines, processes on each, and what each machine has."""
+
+    nnodes: int
+    nproc: int
+    cpu: int
+    gpu: int
+    memory_mb: int
+
+
+class Place(NamedTuple):
+    """What a job finds around it, and how often it may come back."""
+
+    image: str
+    env: Optional[Dict[str, str]]
+    mounts: Optional[List[str]]
+    max_retries: int
 
 
 def train(
@@ -31,6 +55,8 @@ def train(
     memory_mb: int = 8_192,
     image: str = "",
     env: Optional[Dict[str, str]] = None,
+    mounts: Optional[List[str]] = None,
+    rdzv_port: int = 29_500,
     max_retries: int = 0,
     max_restarts: int = 0,
 ) -> specs.AppDef:
@@ -47,14 +73,17 @@ def train(
         memory_mb: memory of each machine, MB
         image: container image, where the scheduler takes one
         env: environment variables, as A=1,B=2
-        max_retries: how often the scheduler may start a failed job again
+        mounts: folders for a container, as type=volume,src=CLAIM,dst=/shared (or type=bind,src=/host/folder,dst=…)
+        rdzv_port: on the first machine, where the machines find one another; where there is one, any free port is taken
+        max_retries: how often the scheduler may start the job again when it has failed or a machine is lost
         max_restarts: how often the processes are started again on the same machines when one of them dies
     """
     again = ["--resume"] if max_retries or max_restarts else []
     arguments = [config, "--out", out, *again, *args]
     if max_restarts:
         env = {**RESTARTED, "PET_MAX_RESTARTS": str(max_restarts), **(env or {})}
-    return _ddp("train", arguments, nnodes, nproc, cpu, gpu, memory_mb, image, env, max_retries)
+    size = Size(nnodes, nproc, cpu, gpu, memory_mb)
+    return _ddp("train", arguments, size, Place(image, env, mounts, max_retries), rdzv_port)
 
 
 def evaluate(
@@ -68,6 +97,8 @@ def evaluate(
     memory_mb: int = 8_192,
     image: str = "",
     env: Optional[Dict[str, str]] = None,
+    mounts: Optional[List[str]] = None,
+    rdzv_port: int = 29_500,
     max_retries: int = 0,
 ) -> specs.AppDef:
     """Measure a run; metrics are merged over the processes exactly.
@@ -83,9 +114,12 @@ def evaluate(
         memory_mb: memory of each machine, MB
         image: container image, where the scheduler takes one
         env: environment variables, as A=1,B=2
+        mounts: folders for a container, as type=volume,src=CLAIM,dst=/shared (or type=bind,src=/host/folder,dst=…)
+        rdzv_port: on the first machine, where the machines find one another; where there is one, any free port is taken
         max_retries: how often the scheduler may start a failed job again
     """
-    return _ddp("evaluate", [run, "--split", split, *args], nnodes, nproc, cpu, gpu, memory_mb, image, env, max_retries)
+    size = Size(nnodes, nproc, cpu, gpu, memory_mb)
+    return _ddp("evaluate", [run, "--split", split, *args], size, Place(image, env, mounts, max_retries), rdzv_port)
 
 
 def compare(
@@ -97,6 +131,7 @@ def compare(
     memory_mb: int = 16_384,
     image: str = "",
     env: Optional[Dict[str, str]] = None,
+    mounts: Optional[List[str]] = None,
     max_retries: int = 0,
 ) -> specs.AppDef:
     """Compare methods on one machine, or from it: with ``-- --scheduler slurm`` every run is a job of its own.
@@ -112,38 +147,65 @@ def compare(
         memory_mb: its memory, MB
         image: container image, where the scheduler takes one
         env: environment variables, as A=1,B=2
+        mounts: folders for a container, as type=volume,src=CLAIM,dst=/shared (or type=bind,src=/host/folder,dst=…)
         max_retries: how often the scheduler may start a failed job again
     """
-    arguments = ["compare", config, "--out", out, "--parallel", str(parallel), *args]
-    app = utils.python(*arguments, m="ranker.cli", image=image, name="ranker-compare", cpu=cpu, memMB=memory_mb)
-    for role in app.roles:
-        role.env.update(env or {})
-        role.max_retries = max_retries
-    return app
+    arguments = [config, "--out", out, "--parallel", str(parallel), *args]
+    return _one_process("compare", arguments, cpu, memory_mb, Place(image, env, mounts, max_retries))
 
 
-def _ddp(
-    command: str,
-    arguments: list[str],
-    nnodes: int,
-    nproc: int,
-    cpu: int,
-    gpu: int,
-    memory_mb: int,
-    image: str,
-    env: dict[str, str] | None,
-    max_retries: int,
+def export(
+    *args: str,
+    run: str,
+    out: str,
+    cpu: int = 2,
+    memory_mb: int = 8_192,
+    image: str = "",
+    env: Optional[Dict[str, str]] = None,
+    mounts: Optional[List[str]] = None,
+    max_retries: int = 0,
 ) -> specs.AppDef:
+    """Write a run's ranker as TorchScript, where its tables fit into one machine's memory.
+
+    Args:
+        args: further arguments of `ranker export`
+        run: run folder
+        out: folder to make
+        cpu: cores of the machine
+        memory_mb: its memory, MB
+        image: container image, where the scheduler takes one
+        env: environment variables, as A=1,B=2
+        mounts: folders for a container, as type=volume,src=CLAIM,dst=/shared (or type=bind,src=/host/folder,dst=…)
+        max_retries: how often the scheduler may start a failed job again
+    """
+    arguments = [run, "--out", out, *args]
+    return _one_process("export", arguments, cpu, memory_mb, Place(image, env, mounts, max_retries))
+
+
+def _ddp(command: str, arguments: list[str], size: Size, place: Place, rdzv_port: int) -> specs.AppDef:
     """`ranker.COMMAND` in nnodes · nproc processes that find one another."""
     return dist.ddp(
         *arguments,
         m=f"ranker.{command}",
         name=f"ranker-{command}",
-        j=f"{nnodes}x{nproc}",
-        cpu=cpu,
-        gpu=gpu,
-        memMB=memory_mb,
-        image=image,
-        env=env,
-        max_retries=max_retries,
+        j=f"{size.nnodes}x{size.nproc}",
+        cpu=size.cpu,
+        gpu=size.gpu,
+        memMB=size.memory_mb,
+        image=place.image,
+        env=place.env,
+        mounts=place.mounts,
+        max_retries=place.max_retries,
+        rdzv_port=rdzv_port,
     )
+
+
+def _one_process(command: str, arguments: list[str], cpu: int, memory_mb: int, place: Place) -> specs.AppDef:
+    """`ranker COMMAND …` on one machine."""
+    name = f"ranker-{command}"
+    app = utils.python(command, *arguments, m="ranker.cli", image=place.image, name=name, cpu=cpu, memMB=memory_mb)
+    for role in app.roles:
+        role.env.update(place.env or {})
+        role.mounts = specs.parse_mounts(place.mounts) if place.mounts else []
+        role.max_retries = place.max_retries
+    return app

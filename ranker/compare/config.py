@@ -67,6 +67,11 @@ class SchedulerConfig(Strict):
     gpu: int = Field(default=0, ge=0, description="GPUs of each machine")
     memory_mb: int = Field(default=8192, ge=1, description="memory of each machine")
     image: str = Field(default="", description="container image, where the scheduler takes one")
+    mounts: list[str] = Field(
+        default_factory=list,
+        description="folders for a container, as type=volume,src=CLAIM,dst=/shared: configs, runs, datasets",
+    )
+    max_retries: int = Field(default=0, ge=0, description="how often the scheduler may start a failed run again")
 
 
 class CompareConfig(Strict):

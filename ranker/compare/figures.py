@@ -153,8 +153,7 @@ def cost_by_length(results: Results) -> Figure:
         axes.set_xlabel("events")
         axes.set_title(title, fontsize=9)
         axes.grid(color=GREY, linewidth=0.4)
-    if panels[1].lines:
-        panels[1].legend(fontsize=7)
+    _legend(figure, panels[1])
     return figure
 
 
@@ -209,8 +208,14 @@ def roc_curve(label: Array, score: Array) -> tuple[NDArray[np.float64], NDArray[
 def _finish(axes: Axes, title: str) -> None:
     axes.set_ylabel(title)
     axes.grid(color=GREY, linewidth=0.4)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=7)
+    _legend(axes.get_figure(root=True), axes)
+
+
+def _legend(figure: Figure | None, axes: Axes) -> None:
+    """Beside the plot, which many methods' names would cover."""
+    handles, labels = axes.get_legend_handles_labels()
+    if handles and figure is not None:
+        figure.legend(handles, labels, loc="outside right upper", fontsize=7, frameon=False)
 
 
 def svg(name: str, draw: Callable[[], Figure]) -> str:

@@ -84,6 +84,12 @@ class ChildProcesses:
                 child.terminate()
 
 
+def component_arguments(config: SchedulerConfig) -> list[str]:
+    """What a config says of each job, as arguments of `launch`'s components."""
+    said = config.model_dump(exclude={"name", "cfg", "mounts"}) | {"mounts": ",".join(config.mounts)}
+    return [part for key, value in said.items() if value != "" for part in (f"--{key}", str(value))]
+
+
 class TorchXJobs:
     """One job a command, by the components of `launch`. Their files must be seen by every machine.
 
@@ -97,11 +103,21 @@ class TorchXJobs:
         if found is None or found.origin is None:
             raise UserError("scheduler: the package `launch` with TorchX's components is not installed")
         self._components = found.origin
-        from torchx.runner import get_runner
+        from torchx.runner import Runner
+        from torchx.runner.config import apply
+        from torchx.schedulers import get_scheduler_factories
+        from torchx.specs import CfgVal
 
-        self._runner = get_runner()
+        from ranker.compare import slurm
+
+        self._runner = Runner("torchx", {**get_scheduler_factories(), "slurm": slurm.create_scheduler})
         if config.name not in (known := self._runner.scheduler_backends()):
             raise UserError(f"scheduler: TorchX has no scheduler {config.name!r}; it has {', '.join(known)}")
+        self._options = dict[str, CfgVal](config.cfg)
+        try:
+            apply(config.name, self._options)  # the rest, as `torchx run` does, from .torchxconfig or TORCHXCONFIG
+        except FileNotFoundError as error:
+            raise UserError(str(error)) from None
 
     def train(self, config: Path, run: Path, resume: bool, log: Path) -> int:
         """As :class:`Launcher` has it."""
@@ -113,8 +129,7 @@ class TorchXJobs:
         return self._job("evaluate", ["--run", str(run.absolute()), "--split", split], ["--predictions"], log)
 
     def _job(self, component: str, options: list[str], further: list[str], log: Path) -> int:
-        size = self._config.model_dump(include={"nnodes", "nproc", "cpu", "gpu", "memory_mb", "image"})
-        arguments = [part for key, value in size.items() if value != "" for part in (f"--{key}", str(value))]
+        arguments = component_arguments(self._config)
         with self._lock:
             if self._stopped:
                 return 1
@@ -122,7 +137,7 @@ class TorchXJobs:
                 f"{self._components}:{component}",
                 [*arguments, *options, *(["--", *further] if further else [])],
                 str(self._config.name),
-                self._config.cfg,
+                self._options,
             )
             self._handles.add(handle)
         try:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from ranker.compare.config import SchedulerConfig
+from ranker.compare.launching import component_arguments
+from tests.launch import golden_runs
+from tests.launch.golden_runs import ROOT
 
 
 def dry_run(*arguments: str) -> str:
     """What `torchx run` would submit, spaces and line breaks joined."""
-    command = [sys.executable, "-m", "torchx.cli.main", "run", "--dryrun", *arguments]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    return " ".join(result.stdout.replace('"', "'").replace("' '", "").split()).replace("' '", "")
+    text = "".join(golden_runs.dry_run(*arguments))
+    return " ".join(text.replace('"', "'").replace("' '", "").split()).replace("' '", "")
 
 
 def test_train_on_this_machine():
@@ -55,6 +55,47 @@ def test_restarts_and_retries_go_on_from_checkpoints():
 def test_evaluate():
     out = dry_run("-s", "local_cwd", "launch/components.py:evaluate", "--run", "runs/a", "--split", "valid")
     assert "-m ranker.evaluate runs/a --split valid" in out
+
+
+def test_machines_find_one_another_at_the_port_that_is_asked_for():
+    out = dry_run(
+        *("-s", "slurm", "launch/components.py:evaluate", "--run", "runs/a", "--nnodes", "2", "--rdzv_port", "4242"),
+    )
+    assert out.count("--rdzv_endpoint ${SLURM_JOB_NODELIST_HET_GROUP_0:=localhost}:4242") == 2
+
+
+def test_folders_of_a_container():
+    mounts = "type=volume,src=claim,dst=/shared,type=bind,src=/data,dst=/logs,readonly"
+    for component in (("export", "--run", "r", "--out", "o"), ("evaluate", "--run", "r")):
+        name, *arguments = component
+        out = dry_run(
+            *("-s", "kubernetes", "--workspace", "", f"launch/components.py:{name}", *arguments),
+            *("--image", "i:1", "--mounts", mounts),
+        )
+        assert "mountPath: /shared name: mount-0 readOnly: false" in out
+        assert "mountPath: /logs name: mount-1 readOnly: true" in out
+        assert "claimName: claim" in out
+
+
+def test_a_comparisons_runs_find_their_data_in_a_container():
+    config = SchedulerConfig(
+        name="kubernetes", image="i:1", mounts=["type=volume,src=claim,dst=/shared"], gpu=1, max_retries=2
+    )
+    out = dry_run(
+        *("-s", "kubernetes", "--workspace", "", "launch/components.py:train", *component_arguments(config)),
+        *("--config", "/shared/c.yaml", "--out", "/shared/run"),
+    )
+    assert "mountPath: /shared name: mount-0 readOnly: false" in out
+    assert "claimName: claim" in out
+    assert "maxRetry: 2" in out
+    assert "nvidia.com/gpu: '1'" in out
+
+
+def test_export_is_one_process():
+    out = dry_run("-s", "slurm", "launch/components.py:export", "--run", "runs/a", "--out", "o", "--memory_mb", "64000")
+    assert "python -m ranker.cli export runs/a --out o" in out
+    assert "--mem=64000" in out
+    assert "torchrun" not in out
 
 
 def test_compare_is_one_process_that_starts_its_own():

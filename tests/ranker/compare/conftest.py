@@ -10,7 +10,7 @@ from features.config_file import load_config
 from features.errors import UserError
 from ranker.config import TrainConfig
 from ranker.evaluate import evaluate
-from ranker.trainer import train
+from ranker.training.trainer import train
 
 BASE = """
 name: small

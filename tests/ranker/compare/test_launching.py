@@ -42,14 +42,17 @@ def test_stopping_ends_what_runs_and_starts_nothing_more(tmp_path: Path):
 
 
 def test_a_job_of_torchx_tells_how_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """`ranker.train` without a config, by a real scheduler of this machine."""
+    """`ranker.train` without a config, by a real scheduler of this machine, with TorchX's own settings."""
+    (tmp_path / "cluster.ini").write_text(f"[local_cwd]\nlog_dir = {tmp_path}/jobs\n")
+    monkeypatch.setenv("TORCHXCONFIG", str(tmp_path / "cluster.ini"))
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    launcher = launcher_of(SchedulerConfig(name="local_cwd", cfg={"log_dir": str(tmp_path / "jobs")}), None)
+    launcher = launcher_of(SchedulerConfig(name="local_cwd"), None)
     assert isinstance(launcher, TorchXJobs)
     assert launcher.train(tmp_path / "none.yaml", tmp_path / "run", False, tmp_path / "log") == 1
     ended, *said = (tmp_path / "log").read_text().splitlines()
     assert ended.endswith(": FAILED")
     assert f"[0]:error: {tmp_path / 'none.yaml'}: cannot read the config: No such file or directory" in said
+    assert (tmp_path / "jobs" / "torchx").is_dir()
     assert all(line.startswith("[0]:") for line in said)  # and nothing of torchrun's own
     launcher.stop()
     assert launcher.train(tmp_path / "none.yaml", tmp_path / "run", False, tmp_path / "later") == 1
@@ -59,3 +62,9 @@ def test_a_job_of_torchx_tells_how_it_ended(tmp_path: Path, monkeypatch: pytest.
 def test_an_unknown_scheduler():
     with pytest.raises(UserError, match=r"no scheduler 'sulrm'; it has .*slurm"):
         launcher_of(SchedulerConfig(name="sulrm"), None)
+
+
+def test_torchxs_settings_must_exist(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TORCHXCONFIG", "no-such-file.ini")
+    with pytest.raises(UserError, match=r"TORCHXCONFIG=no-such-file.ini"):
+        launcher_of(SchedulerConfig(name="local_cwd"), None)
