@@ -14,17 +14,18 @@ from features.errors import UserError
 from features.progress import log
 from features.schema import SPLITS, Split
 from features.selection import resolve
-from ranker import checkpoint
 from ranker.evaluation.diagnostics import diagnose
 from ranker.evaluation.predict import predict, refuse_not_finite, scoring_loader, selection_of
 from ranker.evaluation.references import fit_references
 from ranker.evaluation.report import Report, make_report, print_report, write_metrics
 from ranker.evaluation.stored_predictions import write_predictions
 from ranker.model import Ranker
+from ranker.planning.reads import reads_of
 from ranker.ranks import Ranks, join_ranks
 from ranker.run import Run, codewords_of
 from ranker.sharding import shard
-from ranker.trainer import build
+from ranker.training import checkpoint
+from ranker.training.trainer import build
 
 
 def restore(run: Run, ranks: Ranks) -> Ranker:
@@ -32,10 +33,14 @@ def restore(run: Run, ranks: Ranks) -> Ranker:
     dataset = run.dataset()
     spec = resolve(run.config.features, dataset.manifest)
     model, _ = shard(
-        build(spec, run.config, run.moments(), codewords_of(run.config, dataset)), run.config.tables, ranks
+        build(spec, run.config, run.moments(), codewords_of(run.config, dataset)),
+        run.config.tables,
+        ranks,
+        reads_of(run.config, dataset, spec, ranks.world),
     )
-    checkpoint.check(run.best(), ranks)
-    checkpoint.load(run.best(), model, None)
+    best = run.best()
+    checkpoint.check(best, ranks)
+    checkpoint.load(best, model, None)
     return model  # type: ignore[return-value]
 
 
@@ -57,7 +62,8 @@ def evaluate(
     dataset, config = run.dataset(), run.config
     if split not in dataset.manifest.filled_splits():
         raise UserError(f"--split {split}: not in {dataset.root}; it has {', '.join(dataset.manifest.filled_splits())}")
-    with join_ranks(config.training.device, config.training.threads, config.loader.workers) as ranks:
+    options = config.training
+    with join_ranks(options.device, options.threads, config.loader.workers, options.collective_timeout_s) as ranks:
         selection = selection_of(config, dataset, resolve(config.features, dataset.manifest))
         selection = replace(selection, frozen=frozen)
         loader = scoring_loader(config, dataset, split, selection, ranks)

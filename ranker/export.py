@@ -17,7 +17,9 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from features.batch import RequestBatch, names, sequence_keys
+from features.dataset import Manifest
 from features.errors import UserError
+from features.hashing import FUNCTION, RULE
 from features.progress import log
 from features.schema import Split
 from features.selection import Feature, FeatureSpec, resolve
@@ -194,6 +196,14 @@ def _export(run: Run, folder: Path) -> float:
     return greatest
 
 
+def _hashed(spec: FeatureSpec, manifest: Manifest) -> dict[str, object]:
+    """How a server makes rows of raw ids that have no vocabulary; empty where all have one."""
+    features = (*spec.request, *spec.candidate, *spec.sequence, *spec.event, *spec.codes)
+    infos = {f.name: manifest.hashed(f.name) for f in features}
+    buckets = {name: info.buckets for name, info in infos.items() if info is not None}
+    return {"function": FUNCTION, "rule": RULE, "buckets": buckets} if buckets else {}
+
+
 def _write_manifest(
     folder: Path, run: Run, spec: FeatureSpec, inputs: dict[str, Tensor], difference: float, requests: int
 ) -> None:
@@ -220,6 +230,7 @@ def _write_manifest(
             "table_sizes": {
                 f.name: f.size for f in (*spec.request, *spec.candidate, *spec.sequence, *spec.event, *spec.content)
             },
+            "hashed": _hashed(spec, dataset.manifest),
             "history_length": run.config.history_length,
             "dataset": {"name": dataset.manifest.name, "content_hash": dataset.manifest.content_hash},
             "codebooks": codebooks_of(run.config, dataset),

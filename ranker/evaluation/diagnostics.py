@@ -208,7 +208,8 @@ def diagnose(
         return []
     (tables,), (dense,) = _all(model, Tables), _all(model, Dense)
     next_items = [measure for measure in measures if isinstance(measure, _NextItems)]
-    finds = len(next_items) > 0 and "item" in tables.shared
+    # an item's hashed id does not tell which item it is
+    finds = len(next_items) > 0 and "item" in tables.shared and "item" not in dataset.manifest.hashed_ids
     items = _Pool(dataset, selection.spec, tables, pool, config.seed) if finds else None
     measured = 0
     for batch in _shuffled(dataset, split, selection, config, ranks).batches():
@@ -251,8 +252,8 @@ class _Pool:
         values = torch.from_numpy(np.concatenate(columns).astype(np.int64)).to(id.device)
         histories = len(self.keys) - len(columns)  # none of these items is in a history
         lengths = torch.tensor([0] * histories + [rows.size] * len(columns), device=id.device)
-        looked_up = self.tables.sequence(KeyedJaggedTensor(self.keys, values, lengths=lengths))
-        return Items(id, torch.cat([looked_up[f"candidate:{name}"].values() for name in self.features], 1))
+        ids = KeyedJaggedTensor(self.keys, values, lengths=lengths)
+        return Items(id, self.tables.shared_of(self.tables.rows(ids))[1])
 
 
 def _shuffled(dataset: Dataset, split: Split, selection: Selection, config: TrainConfig, ranks: Ranks) -> Loader:

@@ -59,7 +59,7 @@ def delta_rule(
         state: `[R, h, dk, dv]` to begin with (zero if None): the one returned for earlier tokens continues them.
         at: `[P]` int64, the tokens after which to return the state, in any order; None: the last of each sequence.
 
-    Half-precision inputs are worked on, and their states kept, in float32.
+    Half-precision inputs are worked on, and their states kept, in float32; under autocast too.
 
     Returns:
         o `[T, h, dv]`, and the states after each token of `at` `[P, h, dk, dv]`, or the last ones `[R, h, dk, dv]`.
@@ -67,7 +67,8 @@ def delta_rule(
     if not torch.jit.is_scripting() and delta_rule_kernel(offsets.device) != "chunked" and at is None and len(writes.q):
         return _fla(writes, offsets, state)
     dtype = writes.v.dtype
-    if dtype == torch.bfloat16 or dtype == torch.float16:
+    autocast = not torch.jit.is_scripting() and _autocast(offsets)
+    if dtype == torch.bfloat16 or dtype == torch.float16 or autocast:
         log_decay = writes.log_decay
         writes = Writes(
             writes.q.float(),
@@ -99,8 +100,14 @@ def _recomputing(
     writes: Writes, offsets: Tensor, chunk: int, state: Tensor | None, at: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Autograd functions cannot be scripted, and know no tuples of tensors."""
-    o, states = DeltaRule.apply(*writes, offsets, chunk, state, at)  # pyright: ignore
+    with torch.autocast(offsets.device.type, enabled=False):
+        o, states = DeltaRule.apply(*writes, offsets, chunk, state, at)  # pyright: ignore
     return o, states
+
+
+@torch.jit.unused
+def _autocast(x: Tensor) -> bool:
+    return torch.is_autocast_enabled(x.device.type)
 
 
 @torch.jit.unused

@@ -41,7 +41,16 @@ def group_sums(x: Tensor, group: Tensor, weight: Tensor, start: Tensor, end: Ten
     """
     if torch.jit.is_scripting():
         return _sums(x, group, weight, start, end, groups)
-    return _GroupSums.apply(x, group, weight, start, end, groups)  # pyright: ignore[reportReturnType]
+    return _group_sums(x, group, weight, start, end, groups)
+
+
+@torch.jit.unused
+def _group_sums(x: Tensor, group: Tensor, weight: Tensor, start: Tensor, end: Tensor, groups: int) -> Tensor:
+    """Sums over thousands of events are float32 under autocast too."""
+    if torch.is_autocast_enabled(x.device.type):
+        x, weight = x.float(), weight.float()
+    with torch.autocast(x.device.type, enabled=False):
+        return _GroupSums.apply(x, group, weight, start, end, groups)  # pyright: ignore[reportReturnType]
 
 
 def nearest_group(x: Tensor, start: Tensor, end: Tensor, centre: Tensor, taken: Tensor) -> Tensor:
@@ -54,6 +63,21 @@ def nearest_group(x: Tensor, start: Tensor, end: Tensor, centre: Tensor, taken: 
         `[P]` int64.
     """
     x, centre = x.detach(), centre.detach()
+    if torch.jit.is_scripting():
+        return _nearest(x, start, end, centre, taken)
+    return _nearest_group(x, start, end, centre, taken)
+
+
+@torch.jit.unused
+def _nearest_group(x: Tensor, start: Tensor, end: Tensor, centre: Tensor, taken: Tensor) -> Tensor:
+    """Differences of near numbers are float32 under autocast too: an exported model groups as the trained one."""
+    if torch.is_autocast_enabled(x.device.type):
+        x, centre = x.float(), centre.float()
+    with torch.autocast(x.device.type, enabled=False):
+        return _nearest(x, start, end, centre, taken)
+
+
+def _nearest(x: Tensor, start: Tensor, end: Tensor, centre: Tensor, taken: Tensor) -> Tensor:
     plan, first_pair = _plan(start, end), offsets_of(end - start)
     nearest = torch.zeros([int(first_pair[-1])], dtype=torch.int64, device=x.device)
     bias = -centre.square().sum(2)  # −‖x − c‖² = 2 x·c − ‖c‖² − ‖x‖²

@@ -16,21 +16,17 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
 from torch import Tensor
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from ranker.run import Run, leaves
+from ranker.run import Run
 from tests.benchmarks.machine import machine
-from tests.ranker.killed_ranks import Kill, differences, run_ranks
+from tests.ranker.conftest import state_of
+from tests.ranker.training.killed_ranks import Kill, differences, run_ranks
 
 
 def tensors(run: Path) -> dict[str, Tensor]:
     """What a run's last checkpoint holds."""
-    last = Run(run).checkpoints()[-1]
-    whole = last.with_name(f".{last.name}.whole")
-    dcp_to_torch_save(last, whole)
-    return {name: x for name, x in leaves(torch.load(whole, weights_only=False)).items() if isinstance(x, Tensor)}
+    return state_of(Run(run).checkpoints()[-1])
 
 
 def main() -> None:

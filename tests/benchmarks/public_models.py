@@ -35,7 +35,8 @@ from features.progress import Progress
 from features.selection import FeatureSpec, resolve
 from ranker.config import TrainConfig
 from ranker.ranks import Ranks, join_ranks
-from ranker.trainer import Trainer
+from ranker.training.source import ReadWhenAsked
+from ranker.training.trainer import Trainer
 from tests.benchmarks.machine import machine
 
 METHODS = {
@@ -149,7 +150,7 @@ def compare(given: argparse.Namespace, method: str, ranks: Ranks) -> None:
     theirs = [padded(samples[a : a + size], spec) for a in range(0, len(samples), size)]
     quiet = Progress("train", sys.maxsize, shown=False)
     ways: dict[str, tuple[Callable[[Any], None], list[Any]]] = {
-        "ours": (lambda batch: trainer.step(batch, quiet), ours),
+        "ours": (lambda batch: trainer.step(ReadWhenAsked(iter([batch]), ranks.device), 1, quiet), ours),
         "public": (public_step(public, spec, config, given.length), theirs),
     }
     torch.set_num_threads(given.threads)

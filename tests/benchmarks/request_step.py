@@ -214,7 +214,7 @@ def main() -> None:
         config = config_of(model)
         with join_ranks("cpu", 1, 0) as ranks:
             torch.manual_seed(0)
-            sharded, _ = shard(Ranker(SPEC, config, {}, device=torch.device("meta")), config.tables, ranks)
+            sharded, _ = shard(Ranker(SPEC, config, {}, device=torch.device("meta")), config.tables, ranks, {})
             step = Step(sharded)
             for threads in options.threads:
                 torch.set_num_threads(threads)

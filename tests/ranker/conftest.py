@@ -25,9 +25,9 @@ from features.schema import PrepareConfig
 from features.semantic_ids.apply import apply
 from features.semantic_ids.config import SidsConfig
 from features.semantic_ids.fit import fit
-from ranker import trainer as training
 from ranker.config import TrainConfig
 from ranker.evaluate import evaluate
+from ranker.training import trainer as training
 
 Once = Callable[[str, Callable[[Path], object]], Path]
 ConfigOf = Callable[..., TrainConfig]

@@ -25,7 +25,7 @@ from ranker.model import Ranker
 from ranker.ranks import Ranks
 from ranker.run import Run, codewords_of
 from ranker.towers import click_losses, esmm_loss
-from ranker.trainer import train
+from ranker.training.trainer import train
 from tests.ranker.block_configs import BLOCKS, HISAC, HYTREC, METHODS, NEXT, SEARCHES, TOGETHER, UXSID, WITH_LOSS
 from tests.ranker.test_export import SERVER
 
@@ -126,6 +126,31 @@ def test_a_batch_without_events_and_candidates_gives_the_same_parameters_a_gradi
     assert given[0] == given[1]
     assert any(name.startswith("long.") for name in given[0])
     assert not any(p.grad.any() for p in model.dense.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("blocks", [UXSID, HISAC, HYTREC, NEXT, *METHODS.values()])
+def test_products_in_bfloat16_are_near(config_of: ConfigOf, coded: Path, blocks: str):
+    """Scores and gradients under autocast, with events and without."""
+    config = config_of(*options_of(coded, blocks), "features.candidate=[]", "features.dense=[]")
+    for batch, empty in zip(batches_of(config), (False, True), strict=True):
+        logits: list[Tensor] = []
+        gradients: list[Tensor] = []
+        for coarse in (False, True):
+            model = built(config).train()
+            with torch.autocast("cpu", torch.bfloat16, enabled=coarse):
+                logits.append(model(batch).logits.float())
+                loss = loss_of(model, batch)
+            loss.backward()
+            parameters = [p for p in model.dense.parameters() if p.requires_grad]
+            gradients.append(
+                torch.cat([(p.new_zeros(p.shape) if p.grad is None else p.grad).flatten() for p in parameters])
+            )
+        assert gradients[1].dtype == torch.float32
+        assert bool(gradients[1].isfinite().all())
+        if not empty:
+            assert (logits[1] - logits[0]).abs().max() < 0.02 * (1 + logits[0].abs().max())
+            cosine = torch.nn.functional.cosine_similarity(*gradients, dim=0)
+            assert cosine > 0.9
 
 
 @pytest.mark.parametrize("blocks", TOGETHER)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,13 +15,13 @@ from torch import Tensor
 
 from features.config_file import load_config
 from features.dataset import Dataset
-from ranker import checkpoint, ranks
-from ranker import trainer as training
 from ranker.config import TrainConfig
 from ranker.evaluate import evaluate
 from ranker.run import Run
-from ranker.trainer import train
+from ranker.training import checkpoint
+from ranker.training.trainer import train
 from tests.ranker.block_configs import ALL, HISAC, HYTREC, METHODS, NEXT, SEARCHES, UXSID
+from tests.ranker.started_ranks import keep_one_process_group, run_ranks_to_the_end
 from tests.ranker.test_blocks import options_of
 from tests.ranker.test_content import CONTENT, ON_CONTENT, vectors_of
 
@@ -50,10 +48,7 @@ RUNS = {
 
 def scenarios(model: Path, coded: Path, out: Path) -> None:
     """What each of two ranks runs, in one process group."""
-    training.ensure_healthy = lambda device: None
-    torch.distributed.init_process_group("gloo")
-    ranks.dist.init_process_group = lambda *_, **__: None  # type: ignore[assignment]
-    ranks.dist.destroy_process_group = lambda *_: None  # type: ignore[assignment]
+    keep_one_process_group()
     for name, blocks in RUNS.items():
         options = options_of(coded, blocks, *EVERY_STEP, *FROM_ONE)
         train(load_config(model, TrainConfig, options), out / "two" / name, resume=True)
@@ -73,16 +68,7 @@ def runs(once: Callable[..., Path], config_of: ConfigOf, config_file: Path, code
             train(config_of(*options, "training.max_steps=1"), out / "one" / name)
             shutil.copytree(out / "one" / name, out / "two" / name)
             train(config_of(*options), out / "one" / name, resume=True)
-        command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-            "-m", "tests.ranker.test_blocks_ranks", str(config_file), str(coded), str(out),
-        ]  # fmt: skip
-        root = Path(__file__).parents[2]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-        done = subprocess.run(
-            command, env=environment, cwd=root, capture_output=True, text=True, timeout=400, check=False
-        )
-        assert done.returncode == 0, done.stderr[-5000:]
+        run_ranks_to_the_end(2, "tests.ranker.test_blocks_ranks", str(config_file), str(coded), str(out))
 
     return once("block_ranks", make)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from features.dataset import Manifest, SplitInfo
+from features.dataset import ColumnInfo, HashInfo, Manifest, SplitInfo
 from features.errors import UserError
 from ranker import cli, doctor
 from ranker.doctor import Check
@@ -44,19 +44,23 @@ def stub(monkeypatch: pytest.MonkeyPatch):
 
 def manifest() -> Manifest:
     split = SplitInfo(
-        requests=1200, impressions=34000, users=56, first_ms=0, last_ms=1, positives={"click": 789}, unknown_items=5
-    )
+        requests=1200, impressions=34000, users=56, first_ms=0, last_ms=1, positives={"click": 789}, unknown_items=5,
+        unknown={"item": (5, 34000), "request.query": (0, 0)},
+    )  # fmt: skip
+    columns = {"request": {"query": ColumnInfo(kind="categorical", size=3), "load": ColumnInfo(kind="dense")}}
     return Manifest(
         format_version=1, name="tiny", content_hash="0", items=12, known_items=10, users=57, known_users=57,
-        events=9999, columns={}, labels=["click"], oracles=[], splits={"train": split}, partitions=[],
+        events=9999, columns=columns, labels=["click"], oracles=[], splits={"train": split}, partitions=[],
         dropped={"duplicate events": 3, "null times": 0}, config={}, versions={},
+        counted={"ids of event.action outside its vocabulary": 31, "users without events": 0},
+        hashed_ids={"user": HashInfo(buckets=1000, ids=56, sharing=7)},
     )  # fmt: skip
 
 
 def test_help_names_every_command(run):
     code, out, _ = run("--help")
     assert code == 0
-    for command in ("doctor", "prepare", "train", "evaluate", "export", "runs", "compare", "tune", "schema"):
+    for command in ("doctor", "prepare", "train", "evaluate", "export", "runs", "compare", "tune", "plan", "schema"):
         assert command in out
 
 
@@ -72,6 +76,19 @@ def test_prepare_prints_what_was_made_and_dropped(run, stub, tmp_path: Path):
     for part in ("1,200", "34,000", "789", "9 known", "2 unknown items", "56 users", "duplicate events: 3"):
         assert part in out
     assert "null times" not in out
+    assert "found: ids of event.action outside its vocabulary: 31\n" in out
+
+
+def test_prepare_shows_rows_and_unknown_or_colliding_ids_of_each_feature(run, stub, tmp_path: Path):
+    stub("features.prepare", "prepare", lambda config, out: manifest())
+    path = tmp_path / "data.yaml"
+    path.write_text("name: tiny\nsource: {type: synthetic}")
+    _, out, _ = run("prepare", str(path), "--out", "d")
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if "│" in line]
+    assert ["user", "1,001", "56", "12.50%", "–"] in lines
+    assert ["item", "10", "–", "–", "0.01%"] in lines
+    assert ["request.query", "3", "–", "–", "–"] in lines  # no ids in the split
+    assert not any(line[0] == "request.load" for line in lines)
 
 
 def test_config_error_is_one_message_with_code_2(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -108,7 +125,7 @@ def test_evaluate_and_export_pass_their_arguments(run, stub):
 
 def test_train_passes_overrides_and_resume(run, stub, tmp_path: Path):
     given: list[object] = []
-    stub("ranker.trainer", "train", lambda config, out, resume: given.append((config, out, resume)))
+    stub("ranker.training.trainer", "train", lambda config, out, resume: given.append((config, out, resume)))
     path = tmp_path / "run.yaml"
     path.write_text("name: x\ndataset: d")
     assert run("train", str(path), "--out", "r", "--set", "model.short.length=7", "--resume")[0] == 0
@@ -119,7 +136,7 @@ def test_train_passes_overrides_and_resume(run, stub, tmp_path: Path):
 def test_commands_refuse_a_wrong_toolchain_before_they_import_it(run, stub, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(doctor, "installed_version", lambda name: None)
     monkeypatch.setattr(cli, "ensure_versions", lambda: doctor.ensure_versions({"torch": "2.13.0"}.get))
-    stub("ranker.trainer", "train", None)
+    stub("ranker.training.trainer", "train", None)
     code, _, err = run("train", "none.yaml", "--out", "r")
     assert code == 2
     assert "torchrec: not installed" in err

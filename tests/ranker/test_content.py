@@ -22,7 +22,7 @@ from ranker.evaluate import evaluate
 from ranker.export import export
 from ranker.model import Ranker
 from ranker.run import Run
-from ranker.trainer import train
+from ranker.training.trainer import train
 from tests.ranker.block_configs import HISAC, UXSID
 from tests.ranker.conftest import sids_config
 from tests.ranker.test_blocks import batches_of, built, options_of

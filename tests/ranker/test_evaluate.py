@@ -19,7 +19,6 @@ from sklearn.metrics import log_loss, roc_auc_score
 from features.dataset import Dataset
 from features.errors import UserError
 from features.selection import resolve
-from ranker import checkpoint
 from ranker.config import TrainConfig
 from ranker.evaluate import evaluate, main, restore
 from ranker.evaluation.metrics import HISTORY_EDGES, Predictions
@@ -27,6 +26,7 @@ from ranker.evaluation.predict import predict, scoring_loader, selection_of
 from ranker.evaluation.stored_predictions import read_predictions
 from ranker.ranks import join_ranks
 from ranker.run import Run
+from ranker.training import checkpoint
 
 ConfigOf = Callable[..., TrainConfig]
 METRICS = {"auc", "uauc", "wuauc", "logloss", "ne", "calibration"}
@@ -132,7 +132,7 @@ def test_the_best_checkpoint_is_measured(trained: Path, tmp_path: Path, metrics:
 
 
 def test_unknown_items_are_counted(config_of: ConfigOf, gaps: Path, tmp_path: Path):
-    from ranker.trainer import train
+    from ranker.training.trainer import train
 
     features = "features={request: [user], candidate: [item], dense: [], sequence: [item], event: []}"
     train(config_of(f"dataset={gaps}", features, "training.max_steps=2"), tmp_path / "run")

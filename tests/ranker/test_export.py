@@ -23,7 +23,7 @@ from ranker.evaluation.predict import scoring_loader, selection_of
 from ranker.export import ExportError, export, inputs_of, known_ids
 from ranker.ranks import Ranks
 from ranker.run import Run, RunError, versions
-from ranker.trainer import train
+from ranker.training.trainer import train
 
 ConfigOf = Callable[..., TrainConfig]
 Inputs = dict[str, Tensor]

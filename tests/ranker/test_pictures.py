@@ -35,7 +35,7 @@ from ranker.pictures.command import open_request
 from ranker.pictures.shown import EVENTS, GROUPS, Shown, choose
 from ranker.ranks import join_ranks
 from ranker.run import Run
-from ranker.trainer import train
+from ranker.training.trainer import train
 
 ConfigOf = Callable[..., TrainConfig]
 Once = Callable[[str, Callable[[Path], object]], Path]

@@ -20,7 +20,7 @@ from ranker.config import TrainConfig
 from ranker.evaluate import evaluate
 from ranker.export import export
 from ranker.run import Run, RunError, versions
-from ranker.trainer import train
+from ranker.training.trainer import train
 
 ConfigOf = Callable[..., TrainConfig]
 

@@ -21,7 +21,7 @@ from ranker.config import TrainConfig
 from ranker.evaluate import evaluate
 from ranker.export import export
 from ranker.run import Run, RunError
-from ranker.trainer import train
+from ranker.training.trainer import train
 from tests.ranker.conftest import sids_config
 
 ConfigOf = Callable[..., TrainConfig]

@@ -26,7 +26,7 @@ from ranker.longseq import History, Target
 from ranker.model import Ranker, plain_of
 from ranker.ops.votes import naive_tree_agents
 from ranker.ranks import Ranks
-from ranker.trainer import train
+from ranker.training.trainer import train
 from tests.ranker.block_configs import HISAC, HYTREC, NEXT, UXSID
 from tests.ranker.evaluation.test_report import report
 from tests.ranker.test_blocks import batches_of, built, options_of
@@ -164,10 +164,11 @@ def test_the_sample_is_the_same_each_time_and_another_by_another_seed(config_of:
 
 
 @pytest.mark.parametrize("pool", [5, 10_000])
+@pytest.mark.parametrize("buckets", ["{}", "{item: 7}"])
 def test_next_items_are_embedded_as_candidates_are(
-    config_of: ConfigOf, coded: Path, monkeypatch: pytest.MonkeyPatch, pool: int
+    config_of: ConfigOf, coded: Path, monkeypatch: pytest.MonkeyPatch, pool: int, buckets: str
 ):
-    config = config_of(*options_of(coded, NEXT, "tables.init_scale=1"))
+    config = config_of(*options_of(coded, NEXT, "tables.init_scale=1", f"tables.buckets={buckets}"))
     model = built(config)
     seen: list[Sample] = []
     monkeypatch.setattr("ranker.evaluation.diagnostics._NextItems.add", lambda self, sample: seen.append(sample))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import multiprocessing
-import socket
 import warnings
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from ranker.evaluation.metrics import (
     gather_predictions,
     task_metrics,
 )
+from tests.ranker.started_ranks import free_port
 
 
 def reference_metrics(user: np.ndarray, label: np.ndarray, score: np.ndarray) -> BinaryMetrics:
@@ -278,10 +278,7 @@ def gather_on_rank(rank: int, port: int, out: Path) -> None:
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two processes left what rank 0 gathered. Both ended well: errors come on every rank, none waits."""
     out = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    spawn = multiprocessing.get_context("spawn")
+    port, spawn = free_port(), multiprocessing.get_context("spawn")
     ranks = [spawn.Process(target=gather_on_rank, args=(rank, port, out)) for rank in range(2)]
     for process in ranks:
         process.start()
