@@ -2,9 +2,11 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ranker.longseq.protocol import History, Probes, Target, latest
+from ranker.longseq.stored import Stored, restore_rows, store_rows
 from ranker.ops.jagged import segments_of, window_mean
 
 
@@ -30,6 +32,16 @@ class MeanPooling(nn.Module):
     def read(self, memory: MeanMemory, target: Target) -> Tensor:
         """`[N, d]`: the request's mean."""
         return memory.mean[segments_of(target.offsets)]
+
+    @torch.jit.export
+    def store(self, memory: MeanMemory) -> Stored:
+        """The mean: d values."""
+        return store_rows(memory.mean)
+
+    @torch.jit.export
+    def restore(self, stored: Stored, now: Tensor) -> MeanMemory:
+        """A lost mean is zero."""
+        return MeanMemory(restore_rows(stored.values, stored.lengths[:, 0], [self.out_dim]))
 
     def auxiliary(self, history: History, memory: MeanMemory) -> Tensor:
         """None of its own."""

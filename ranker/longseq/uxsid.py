@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ranker.longseq.protocol import History, Probes, Target, latest
+from ranker.longseq.stored import Stored, restore_rows, store_rows
 from ranker.ops.attention import window_attention
 from ranker.ops.jagged import expand_windows, log_bucket
 
@@ -110,6 +111,7 @@ class UxSID(nn.Module):
         self.width, self.heads, self.length, self.age_buckets = width, heads, length, age_buckets
         self.ortho_weight, self.by_row = ortho_weight, ortho == "row"
         self.anchors = anchors if local_probe else 0
+        self.rows = int(global_probe) + int(local_probe)
         event, group = nn.Linear(dim, width, bias=False), nn.Linear(probe_dim, width, bias=False)
         _start_alike(event.weight, group.weight, probe_start)
         self.event = nn.Sequential(event, nn.LayerNorm(width))
@@ -166,6 +168,17 @@ class UxSID(nn.Module):
         # two rows: products and sums cost less than batched matrix products
         weight = torch.softmax((q.unsqueeze(1) * k).sum(3) / math.sqrt(q.size(2)), 1)  # [N, 2, h]
         return (weight.unsqueeze(3) * v).sum(1).flatten(1)
+
+    @torch.jit.export
+    def store(self, memory: UxSIDMemory) -> Stored:
+        """The rows of each probe: 2 · d values."""
+        return store_rows(memory.rows)
+
+    @torch.jit.export
+    def restore(self, stored: Stored, now: Tensor) -> UxSIDMemory:
+        """A lost probe has zero rows, as one of a request without events."""
+        rows = restore_rows(stored.values, stored.lengths[:, 0], [self.rows, self.width])
+        return UxSIDMemory(rows, rows[:0])
 
     def auxiliary(self, history: History, memory: UxSIDMemory) -> Tensor:
         """λ times the mean of :func:`orthogonality` over requests with events; zero where `encode` kept no P."""
