@@ -1,8 +1,8 @@
 """What a store keeps of a memory: flat records, one for each request (a user, offline) or for each of its probes.
 
-A block turns its memory into records by ``store`` and records into a memory by ``restore``. Between the two anything may
-happen to a record: it is written, read elsewhere, held in less precision, put beside the records of other users, or
-lost. A record of no numbers stands for a lost one, and restores to what an empty history encodes to.
+A block turns its memory into records by ``store`` and records into a memory by ``restore``. Between the two anything
+may happen to a record: it is written, read elsewhere, held in less precision, put beside the records of other users,
+or lost. A record of no numbers stands for a lost one, and restores to what an empty history encodes to.
 """
 
 from typing import NamedTuple
