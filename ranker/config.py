@@ -121,6 +121,15 @@ class TablesConfig(Strict):
         default_factory=dict,
         description="by table, as `ranker plan` and training's log name it (`sequence_item`): what goes for it alone",
     )
+    replicas: int = Field(
+        default=1,
+        ge=1,
+        description="2-D parallelism, on GPUs: so many groups of neighbouring ranks hold all tables, sharded within "
+        "the group, so that look-ups stay in it; 1: one group of all ranks",
+    )
+    replicas_every: int = Field(
+        default=1, ge=1, description="steps between two averagings of the replicas' rows and their optimizer's states"
+    )
     reserve: float = Field(
         default=0.15,
         ge=0,

@@ -45,7 +45,7 @@ _FIXED = (
     "training.splits", "training.validation_split", "training.monitor", "warm_start",
 )  # fmt: skip
 _FREE = (
-    "tables.pooled_sharding", "tables.sequence_sharding", "tables.sharding", "tables.reserve",
+    "tables.replicas", "tables.pooled_sharding", "tables.sequence_sharding", "tables.sharding", "tables.reserve",
     "loader.workers", "loader.prefetch",
 )  # fmt: skip
 

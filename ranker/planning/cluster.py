@@ -6,13 +6,14 @@ Bandwidths and the memory of ranks that nobody named are TorchRec's own defaults
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torchrec.distributed.planner import Topology
 from torchrec.distributed.planner import constants as torchrec_defaults
 
+from features.errors import UserError
 from ranker.ranks import Ranks
 
 Device = Literal["cpu", "cuda"]
@@ -49,6 +50,24 @@ class Cluster:
     def memory(self) -> str:
         """What that memory is called."""
         return "HBM" if self.device == "cuda" else "memory"
+
+    def group(self, replicas: int) -> Cluster:
+        """The ranks of one of `replicas` groups of neighbours.
+
+        Raises:
+            UserError: the groups would be of unlike sizes, or begin in the midst of a machine and end in another's.
+        """
+        ranks, rest = divmod(self.ranks, replicas)
+        if rest:
+            fits = ", ".join(str(n) for n in range(1, self.ranks + 1) if self.ranks % n == 0)
+            raise UserError(f"tables.replicas: {replicas} groups of {self.ranks} ranks are of unlike sizes; set {fits}")
+        per_host = min(ranks, self.per_host)
+        if ranks % per_host or self.per_host % per_host:
+            raise UserError(
+                f"tables.replicas: a group of {ranks} ranks begins in the midst of a machine of {self.per_host} and "
+                "ends in another; let a group be a part of a machine, or whole machines"
+            )
+        return replace(self, ranks=ranks, per_host=per_host)
 
     def topology(self) -> Topology:
         """The same for TorchRec's planner."""

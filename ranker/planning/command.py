@@ -44,7 +44,7 @@ def plan(config: TrainConfig, cluster: Cluster, rows: Sequence[str] = (), as_jso
         else:
             show_remedies(ways, console)
         raise DoesNotFit(f"the tables do not fit: {error}", error.room, error.misfits) from error
-    found = estimate(placement, cluster.ranks)
+    found = estimate(placement, question.group.ranks)
     if as_json:
         print(json.dumps(content_of(question, placement, found), indent=2))
     else:

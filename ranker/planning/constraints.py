@@ -14,7 +14,7 @@ from torchrec.distributed.types import CacheAlgorithm, CacheParams
 
 from features.errors import UserError, did_you_mean
 from ranker.config import TablesConfig, TableShardingConfig
-from ranker.planning.cluster import Device
+from ranker.planning.cluster import Cluster, Device
 from ranker.planning.reads import Read, Reads
 from ranker.planning.tables import Table
 
@@ -26,13 +26,13 @@ class ShardingError(UserError):
 
 
 def constraints_of(
-    tables: Sequence[Table], config: TablesConfig, device: Device, reads: Reads
+    tables: Sequence[Table], config: TablesConfig, cluster: Cluster, reads: Reads
 ) -> dict[str, ParameterConstraints]:
     """What is allowed for each table, and what a step reads of it.
 
     Raises:
         ShardingError: a table that the model does not have, or one for which nothing of what the config allows can be
-            done on `device`.
+            done on the cluster.
     """
     names = [table.name for table in tables]
     for name in config.sharding:
@@ -41,7 +41,7 @@ def constraints_of(
             raise ShardingError(
                 f"tables.sharding.{name}: the model has no table {name!r}{hint} Its tables: {', '.join(sorted(names))}"
             )
-    return {table.name: _constraints(table, config, device, reads) for table in tables}
+    return {table.name: _constraints(table, config, cluster, reads) for table in tables}
 
 
 def allowed_types(table: Table, config: TablesConfig) -> tuple[str, list[str]]:
@@ -60,7 +60,14 @@ def possible_types(table: Table, device: Device) -> list[str]:
     return [name for name in sharder.sharding_types(device) if name != "data_parallel"]
 
 
-def _constraints(table: Table, config: TablesConfig, device: Device, reads: Reads) -> ParameterConstraints:
+def rows_for_all(table: Table, cluster: Cluster) -> bool:
+    """Whether every rank has a row of a table that is sharded by rows. FBGEMM's look-up on CPUs fails on none."""
+    of_rank = -(-table.rows // cluster.ranks)
+    return (cluster.ranks - 1) * of_rank < table.rows
+
+
+def _constraints(table: Table, config: TablesConfig, cluster: Cluster, reads: Reads) -> ParameterConstraints:
+    device = cluster.device
     key, types = allowed_types(table, config)
     possible = possible_types(table, device)
     if never := [name for name in types if name not in possible_types(table, "cuda")]:
@@ -73,6 +80,13 @@ def _constraints(table: Table, config: TablesConfig, device: Device, reads: Read
             f"{key}: {types} leaves no place for table {table.name}: on {_DEVICES[device]}, TorchRec shards "
             f"{table.kind} tables {', '.join(possible)}; allow one of these"
         )
+    if device == "cpu" and not rows_for_all(table, cluster):
+        types = [name for name in types if name != "row_wise"]
+        if not types:
+            raise ShardingError(
+                f"{key}: row_wise alone leaves some of {cluster.ranks} ranks without a row of table {table.name}, "
+                f"which has {table.rows}, and on CPUs that cannot be looked up; allow table_wise too"
+            )
     own = config.sharding.get(table.name, TableShardingConfig())
     if device == "cpu" and "fused" not in own.kernels:
         raise ShardingError(

@@ -93,7 +93,7 @@ def place(model: nn.Module, config: TablesConfig, cluster: Cluster, reads: Reads
         DoesNotFit: there is not the memory.
     """
     tables, ours = tables_of(model), sharders()
-    constraints = constraints_of(tables, config, cluster.device, reads)
+    constraints = constraints_of(tables, config, cluster, reads)
     topology = cluster.topology()
     room = room_of(model, config, cluster, reads)
     kept: list[ShardingOption] = []

@@ -33,6 +33,15 @@ class Question:
     cluster: Cluster
     rows: Mapping[str, int]
 
+    @property
+    def group(self) -> Cluster:
+        """The ranks among which the tables are sharded; all, or those of one replica.
+
+        Raises:
+            UserError: `tables.replicas` does not divide the cluster.
+        """
+        return self.cluster.group(self.config.tables.replicas)
+
     def ranker(self) -> Ranker:
         """The model, without its tables' memory.
 
@@ -51,7 +60,7 @@ class Question:
             UserError: a config that does not fit the dataset.
         """
         reads = reads_of(self.config, self.dataset, self._spec(), self.cluster.ranks)
-        return place(self.ranker(), self.config.tables, self.cluster, reads, thorough)
+        return place(self.ranker(), self.config.tables, self.group, reads, thorough)
 
     def _spec(self) -> FeatureSpec:
         return resolve(self.config.features, grown(self.dataset.manifest, self.rows))

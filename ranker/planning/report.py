@@ -27,6 +27,7 @@ def content_of(question: Question, placement: Placement, found: Estimate) -> dic
     return {
         "fits": True,
         "cluster": asdict(question.cluster),
+        "replicas": question.config.tables.replicas,
         "step": _step(question)._asdict(),
         "memory": {"bytes": placement.room.memory_bytes, "for_tables_bytes": placement.room.left_bytes},
         "tables": [asdict(table) for table in found.tables],
@@ -65,6 +66,8 @@ def show(question: Question, placement: Placement, found: Estimate, console: Con
         highlight=False,
         soft_wrap=True,
     )
+    if (replicas := question.config.tables.replicas) > 1:
+        console.print(f"{replicas} replicas of the tables, of {question.group.ranks} ranks each; this is the first")
     console.print(_tables(found.tables))
     console.print(_ranks(found))
     console.print(_time(found.slowest))

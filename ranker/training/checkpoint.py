@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch.distributed.checkpoint as dcp
 from pydantic import BaseModel, ConfigDict
@@ -67,7 +68,13 @@ def save(path: Path, model: nn.Module, optimizer: CombinedOptimizer, position: P
 
 def state_of(model: nn.Module, optimizer: CombinedOptimizer) -> dict[str, object]:
     """What a checkpoint holds; the tensors are the model's own."""
-    return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    return {"model": model.state_dict(), "optimizer": _with_state(optimizer.state_dict())}
+
+
+def _with_state(optimizer: dict[str, Any]) -> dict[str, Any]:
+    """Without the parameters that have no state, as all tables under plain SGD: an empty entry would be written, and
+    asked for, under another name by a rank that has no part of the table."""
+    return optimizer | {"state": {name: state for name, state in optimizer["state"].items() if state}}
 
 
 def made_aside(path: Path, ranks: Ranks) -> Path:
@@ -140,16 +147,19 @@ def newest_whole(root: Path, ranks: Ranks) -> Path | None:
 
 def load(path: Path, model: nn.Module, optimizer: CombinedOptimizer | None) -> None:
     """Restore what `save` wrote, whatever the number of ranks; the optimisers only where given."""
-    state: dict[str, object] = {"model": model.state_dict()}
+    state: dict[str, Any] = {"model": model.state_dict()}
+    every: dict[str, Any] = {}
     if optimizer is not None:
         for _, part in optimizer.optimizers:
             if isinstance(part, KeyedOptimizerWrapper):
                 part.init_state()  # Adam has no moments before its first step, and what is not there would not be read
-        state["optimizer"] = optimizer.state_dict()
+        every = optimizer.state_dict()
+        state["optimizer"] = _with_state(every)
     dcp.load(state, checkpoint_id=path)
-    model.load_state_dict(state["model"])  # type: ignore[arg-type]
+    model.load_state_dict(state["model"])
     if optimizer is not None:
-        optimizer.load_state_dict(state["optimizer"])  # type: ignore[arg-type]
+        read: dict[str, Any] = state["optimizer"]
+        optimizer.load_state_dict(read | {"state": every["state"] | read["state"]})
 
 
 def position_of(path: Path) -> Position:

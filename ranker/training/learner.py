@@ -22,7 +22,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from features.batch import RequestBatch
 from ranker.config import TrainConfig
 from ranker.ranks import Ranks
-from ranker.sharding import optimizer_of
+from ranker.sharding import average_replicas, optimizer_of
 from ranker.towers import click_losses, esmm_loss
 from ranker.training.checkpoint import Position
 from ranker.training.clock import StepClock
@@ -61,6 +61,7 @@ class Learner:
         self.told = False
         self._replicated = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
         self._averaged_before = False
+        self._replicas_differ = False
 
     def step(
         self, source: BatchSource, batches: int, position: Position, total: int, divergence: Divergence, window: Window
@@ -94,6 +95,16 @@ class Learner:
                 self._change_dense(learned, position, divergence, window)
         position.step += 1
         window.steps += 1
+        self._replicas_differ = True
+        if position.step % self.config.tables.replicas_every == 0:
+            self.average_replicas()
+
+    def average_replicas(self) -> None:
+        """Let all replicas of the tables have the same rows; before a checkpoint or a validation, too."""
+        if self._replicas_differ:
+            with self.clock.part("ranks"):
+                average_replicas(self.model)
+            self._replicas_differ = False
 
     def _learn(
         self, source: BatchSource, batch: RequestBatch, seed: tuple[int, ...], share: float, position: Position,

@@ -77,9 +77,13 @@ class Trainer:
         self.validation = self._validation_loader(dataset, selection)
         model = build(spec, config, moments, codewords_of(config, dataset))
         tables = table_parameters(model.tables)
-        torch.manual_seed(config.seed + ranks.rank)  # each rank's part of a table starts with values of its own
+        # each rank's part of a table starts with values of its own, and those of its replicas with the same
+        replicas = config.tables.replicas
+        torch.manual_seed(config.seed + ranks.rank % max(ranks.world // replicas, 1))
         with naming_the_tables(model.tables, ranks):
-            self.model, plan = shard(model, config.tables, ranks, reads_of(config, dataset, spec, ranks.world))
+            self.model, plan = shard(
+                model, config.tables, ranks, reads_of(config, dataset, spec, ranks.world), replicas
+            )
         load_content(self.model, spec, dataset)
         self.learner = Learner(config, self.model, ranks, Interruption())
         cost = TrainingCost(sum(p.numel() for p in self.learner.dense_parameters), tables)
@@ -178,11 +182,13 @@ class Trainer:
             last = position.step == self.total
             gained = False
             if self.validation and (last or self._due(config.validate_every, epoch_done)):
+                self.learner.average_replicas()
                 with source.paused():
                     gained = self._validate(self.validation)
             last = last or self._patience_spent()
             ending = self.learner.told
             if gained or last or ending or self._due(config.checkpoint_every, epoch_done):
+                self.learner.average_replicas()
                 saver.save(self.model, self.learner.optimizer, position)
                 self.report.saved(self.model, position.step)
             else:

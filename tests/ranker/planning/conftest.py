@@ -25,7 +25,7 @@ GPUS = Cluster("cuda", ranks=4, per_host=2, hbm_bytes=80 << 30)
 def answer(config: TrainConfig, cluster: Cluster = GPUS, **rows: int) -> Estimate:
     """What is expected of a config's tables on a cluster."""
     question = Question(config, Dataset(config.dataset), cluster, rows)
-    return estimate(question.answer(thorough=False), cluster.ranks)
+    return estimate(question.answer(thorough=False), question.group.ranks)
 
 
 @pytest.fixture
