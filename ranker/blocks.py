@@ -44,6 +44,18 @@ MODULES: dict[str, Callable[..., nn.Module]] = {
 """Blocks that need the width of events and their options alone, by `type`."""
 
 
+def compresses(config: LongConfig) -> bool:
+    """Whether a store can keep the block's memory: it is of a size that reading does not need the history for."""
+    if isinstance(config, UxSidConfig | HiSacConfig):
+        return True
+    return hasattr(MODULES[config.type], "store")
+
+
+def per_probe(config: LongConfig) -> bool:
+    """Whether a compressor keeps a record for each probe of a request, and not one for the request."""
+    return isinstance(config, UxSidConfig)
+
+
 class BlockInput(NamedTuple):
     """The block's own view of the batch: the codes it reads, the probes it asks about, and each candidate's probe."""
 

@@ -8,17 +8,20 @@ keeps a fixed number of vectors; :mod:`.encoders`, which run self-attention over
 from ranker.longseq.hisac import HiSAC
 from ranker.longseq.hytrec import HyTRec
 from ranker.longseq.mean import MeanPooling
-from ranker.longseq.protocol import History, LongSequence, Probes, Target
+from ranker.longseq.protocol import Compressor, History, LongSequence, Probes, Target
+from ranker.longseq.stored import Stored
 from ranker.longseq.target_attention import TargetAttention
 from ranker.longseq.uxsid import UxSID
 
 __all__ = [
+    "Compressor",
     "HiSAC",
     "History",
     "HyTRec",
     "LongSequence",
     "MeanPooling",
     "Probes",
+    "Stored",
     "Target",
     "TargetAttention",
     "UxSID",

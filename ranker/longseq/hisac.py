@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ranker.longseq.heads import Heads
 from ranker.longseq.protocol import History, Probes, Target, latest
+from ranker.longseq.stored import Stored, restore_parts, store_parts
 from ranker.ops.attention import window_attention
 from ranker.ops.frozen_attention import frozen_attention, window_logsumexp
 from ranker.ops.jagged import log_bucket, offsets_of, segment_softmax, segment_sum
@@ -137,6 +138,19 @@ class HiSAC(nn.Module):
         start, end = memory.offsets[:-1], memory.offsets[1:]
         bias = memory.log_weight.unsqueeze(1).expand(-1, self.heads)
         return window_attention(q, target.offsets, memory.k, memory.v, start, end, bias).flatten(1)
+
+    @torch.jit.export
+    def store(self, memory: HiSACMemory) -> Stored:
+        """Keys of a request's agents, then their values; exact: the logarithms of their weights."""
+        count = memory.offsets[1:] - memory.offsets[:-1]
+        return store_parts([memory.k, memory.v], [count, count], memory.log_weight)
+
+    @torch.jit.export
+    def restore(self, stored: Stored, now: Tensor) -> HiSACMemory:
+        """A lost record has no agents."""
+        count, shape = stored.lengths[:, 1], self.project.shape
+        parts = restore_parts(stored.values, stored.lengths[:, 0], [count, count], [shape, shape])
+        return HiSACMemory(parts[0], parts[1], stored.exact, offsets_of(count))
 
     def auxiliary(self, history: History, memory: HiSACMemory) -> Tensor:
         """None of its own."""

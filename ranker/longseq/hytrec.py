@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ranker.longseq.hytrec_layers import LocalSoftmax, ShortSoftmax, Tadn, Tokens, unit
 from ranker.longseq.protocol import History, Probes, Target, compact, latest, shared_passes
+from ranker.longseq.stored import Stored, restore_parts, store_parts
 from ranker.ops.delta_rule import read_state
 from ranker.ops.jagged import offsets_of, segments_of
 from ranker.ops.next_item import in_batch_softmax
@@ -209,6 +210,27 @@ class HyTRec(nn.Module):
         ]
         out = self.out(torch.cat(found, 2)) + of_tiles(self.pooled_out(memory.pooled), tiles).unsqueeze(1)
         return out_of_tiles(out, tiles)
+
+    @torch.jit.export
+    def store(self, memory: HybridMemory) -> Stored:
+        """The states, the mean, then all keys and all values of the short branch."""
+        count, one = memory.end - memory.start, torch.ones_like(memory.start)
+        return store_parts([memory.state, memory.pooled, memory.k, memory.v], [one, one, count, count])
+
+    @torch.jit.export
+    def restore(self, stored: Stored, now: Tensor) -> HybridMemory:
+        """A lost record has zero states and no keys."""
+        values, d = stored.lengths[:, 0], self.width // self.heads
+        states, head = [self.linear_layers * self.heads, d, d], [self.heads, d]
+        one = (values > 0).long()
+        count = torch.div(values - one * (states[0] * d * d + self.width), 2 * self.width, rounding_mode="floor")
+        parts = restore_parts(stored.values, values, [one, one, count, count], [states, [self.width], head, head])
+        kept = one.nonzero().squeeze(1)
+        state = torch.zeros([one.numel(), states[0], d, d], dtype=parts[0].dtype, device=parts[0].device)
+        pooled = torch.zeros([one.numel(), self.width], dtype=parts[1].dtype, device=parts[1].device)
+        state, pooled = state.index_copy(0, kept, parts[0]), pooled.index_copy(0, kept, parts[1])
+        offsets, none = offsets_of(count), pooled[:0]
+        return HybridMemory(state, pooled, parts[2], parts[3], offsets[:-1], offsets[1:], none, none, offsets[:0])
 
     def auxiliary(self, history: History, memory: HybridMemory) -> Tensor:
         """The weighted loss of predicting next events among those of the batch; 0 outside training."""

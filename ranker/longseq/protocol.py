@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ranker.longseq.stored import Stored
 from ranker.ops.jagged import expand_windows, offsets_of
 
 
@@ -76,6 +77,18 @@ class LongSequence(Protocol):
 
     def auxiliary(self, history: History, memory: Any) -> Tensor:
         """The block's own loss, a scalar already weighted; zero for most. Added to the loss in training."""
+        ...
+
+
+class Compressor(LongSequence, Protocol):
+    """A block whose memory a store keeps: it has, beside the protocol's methods, the two that make records of it."""
+
+    def store(self, memory: Any) -> Stored:
+        """What `read` needs of a memory, as records."""
+        ...
+
+    def restore(self, stored: Stored, now: Tensor) -> Any:
+        """The memory of records, to be read at `now` `[R]`, milliseconds. A lost record is of an empty history."""
         ...
 
 

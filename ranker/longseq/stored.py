@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ranker.ops.jagged import expand_windows, offsets_of
+
 
 class Stored(NamedTuple):
     """U records one after another: U = R, or Q for blocks with probes.
@@ -26,16 +28,40 @@ class Stored(NamedTuple):
     time: Tensor
 
 
-def store_rows(rows: Tensor) -> Stored:
-    """Records of one size, all of it values: row u of `[U, ...]` is record u."""
-    records, width = rows.size(0), rows[0].numel() if rows.size(0) > 0 else 0
-    lengths = torch.tensor([width, 0], device=rows.device).repeat(records, 1)
-    none = torch.zeros([0], dtype=torch.float32, device=rows.device)
-    return Stored(rows.flatten(), none, lengths, torch.zeros([records], dtype=torch.int64, device=rows.device))
+def store_rows(rows: Tensor, exact: Tensor | None = None, time: Tensor | None = None) -> Stored:
+    """Records of one size: row u of `rows` `[U, ...]`, and of `exact` `[U, ...]` if there is one, is record u."""
+    records, values = rows.size(0), rows.flatten(1)
+    none = torch.zeros([records, 0], dtype=torch.float32, device=rows.device)
+    kept = none if exact is None else exact.flatten(1).to(torch.float32)
+    lengths = torch.tensor([values.size(1), kept.size(1)], device=rows.device).repeat(records, 1)
+    if time is None:
+        time = torch.zeros([records], dtype=torch.int64, device=rows.device)
+    return Stored(values.flatten(), kept.flatten(), lengths, time)
+
+
+def store_parts(parts: list[Tensor], counts: list[Tensor], exact: Tensor | None = None) -> Stored:
+    """Records of any size, each of several parts: what `parts[0]` has of it, then what `parts[1]` has of it, …
+
+    Args:
+        parts: each `[n, ...]`, record after record; counts: for each part, how many of its rows a record has `[U]`.
+        exact: `[E]`, one for each row of the first part.
+    """
+    sizes = [part.flatten(1).size(1) * count for part, count in zip(parts, counts)]  # noqa: B905  TorchScript
+    whole = torch.stack(sizes).sum(0)
+    start = offsets_of(whole)[:-1]
+    values = torch.zeros([int(whole.sum())], dtype=parts[0].dtype, device=parts[0].device)
+    for part, size in zip(parts, sizes):  # noqa: B905
+        place, _ = expand_windows(start, start + size)
+        values = values.index_copy(0, place, part.flatten())
+        start = start + size
+    none = torch.zeros([0], dtype=torch.float32, device=values.device)
+    few = torch.zeros_like(whole) if exact is None else counts[0]
+    kept = none if exact is None else exact.to(torch.float32)
+    return Stored(values, kept, torch.stack([whole, few], 1), torch.zeros_like(whole))
 
 
 def restore_rows(values: Tensor, lengths: Tensor, shape: list[int]) -> Tensor:
-    """The same rows `[U, *shape]`, zero for a lost record.
+    """The rows of :func:`store_rows` again `[U, *shape]`, zero for a lost record.
 
     Args:
         values: `[V]`; lengths: `[U]`, each the product of `shape`, or 0.
@@ -44,3 +70,23 @@ def restore_rows(values: Tensor, lengths: Tensor, shape: list[int]) -> Tensor:
     rows = torch.zeros([records] + shape, dtype=values.dtype, device=values.device)  # noqa: RUF005  TorchScript
     kept = (lengths > 0).nonzero().squeeze(1)
     return rows.index_copy(0, kept, values.view([kept.numel()] + shape))  # noqa: RUF005
+
+
+def restore_parts(values: Tensor, lengths: Tensor, counts: list[Tensor], shapes: list[list[int]]) -> list[Tensor]:
+    """The parts of :func:`store_parts` again, each `[n, *shape]`.
+
+    Args:
+        values: `[V]`; lengths: `[U]` numbers of a record; counts, shapes: for each part, a record's rows `[U]`, and a
+            row's shape.
+    """
+    start = offsets_of(lengths)[:-1]
+    parts: list[Tensor] = []
+    for count, shape in zip(counts, shapes):  # noqa: B905
+        width = 1
+        for size in shape:
+            width *= size
+        place, _ = expand_windows(start, start + width * count)
+        rows = int(count.sum())
+        parts.append(values.index_select(0, place).view([rows] + shape))  # noqa: RUF005
+        start = start + width * count
+    return parts

@@ -18,6 +18,7 @@ from features.config_file import ConfigError, load_config
 from features.dataset import Dataset
 from features.errors import UserError
 from features.selection import resolve
+from ranker.blocks import compresses, per_probe
 from ranker.config import TrainConfig
 from ranker.evaluation.predict import scoring_loader, selection_of
 from ranker.export import export, inputs_of
@@ -26,7 +27,7 @@ from ranker.ranks import Ranks
 from ranker.run import Run, codewords_of
 from ranker.towers import click_losses, esmm_loss
 from ranker.training.trainer import train
-from tests.ranker.block_configs import BLOCKS, HISAC, HYTREC, METHODS, NEXT, SEARCHES, TOGETHER, UXSID, WITH_LOSS
+from tests.ranker.block_configs import ALL, BLOCKS, HISAC, HYTREC, METHODS, NEXT, SEARCHES, TOGETHER, UXSID, WITH_LOSS
 from tests.ranker.test_export import SERVER
 
 ConfigOf = Callable[..., TrainConfig]
@@ -178,6 +179,15 @@ def test_the_auxiliary_loss_is_trained_on_with_its_weight(config_of: ConfigOf, c
     without, once, twice = (anchors_gradient(config_of, coded, weight) for weight in (0.0, 1.0, 2.0))
     assert (once - without).abs().max() > 1e-6
     torch.testing.assert_close(twice - without, 2 * (once - without), rtol=1e-3, atol=1e-7)
+
+
+def test_compressors_are_what_a_store_can_keep(config_of: ConfigOf):
+    """All but target attention and the searches; UxSID has a record for each probe."""
+    blocks = config_of(f"model.long=[{{type: mean}}, {ALL}, {', '.join(METHODS.values())}]").model.long
+    others = [block.type for block in blocks if not compresses(block)]
+    assert others == list(SEARCHES)
+    assert not compresses(config_of("model.long=[{type: target_attention}]").model.long[0])
+    assert [block.type for block in blocks if per_probe(block)] == ["uxsid"]
 
 
 def test_auxiliary_losses_are_of_training_alone(config_of: ConfigOf, coded: Path):

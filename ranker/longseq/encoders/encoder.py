@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from ranker.longseq.encoders.outputs import OutputMemory, Outputs
 from ranker.longseq.encoders.tokens import Tokens
 from ranker.longseq.protocol import History, Probes, Target
+from ranker.longseq.stored import Stored
 
 
 class Encoder(nn.Module):
@@ -34,6 +35,16 @@ class Encoder(nn.Module):
     def read(self, memory: OutputMemory, target: Target) -> Tensor:
         """`[N, width]`, zero where there are no events."""
         return self.outputs(self.tokens(target.x), target.offsets, memory)
+
+    @torch.jit.export
+    def store(self, memory: OutputMemory) -> Stored:
+        """Each request's outputs."""
+        return self.outputs.store(memory)
+
+    @torch.jit.export
+    def restore(self, stored: Stored, now: Tensor) -> OutputMemory:
+        """A lost record has no outputs."""
+        return self.outputs.restore(stored)
 
     def auxiliary(self, history: History, memory: OutputMemory) -> Tensor:
         """None of its own."""

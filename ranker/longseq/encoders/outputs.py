@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ranker.longseq.heads import Heads
+from ranker.longseq.stored import Stored, restore_parts, store_parts
 from ranker.ops.attention import window_attention
-from ranker.ops.jagged import offsets_of, segments_of
+from ranker.ops.jagged import expand_windows, offsets_of, segments_of
 from ranker.ops.query_tiles import in_tiles, out_of_tiles, tiles_of
 from ranker.ops.short_attention import short_attention
 
@@ -71,6 +72,23 @@ class Outputs(nn.Module):
             found = short_attention(in_tiles(q, tiles), tiles, memory.k, memory.v, memory.start, memory.end)
             return out_of_tiles(found.flatten(2), tiles)
         return window_attention(q, offsets, memory.k, memory.v, memory.start, memory.end).flatten(1)
+
+    def store(self, memory: OutputMemory) -> Stored:
+        """All keys, then all values of a request's outputs; windows that overlap have copies of their own."""
+        row, _ = expand_windows(memory.start, memory.end)
+        count = memory.end - memory.start
+        return store_parts([memory.k.index_select(0, row), memory.v.index_select(0, row)], [count, count])
+
+    def restore(self, stored: Stored) -> OutputMemory:
+        """A lost record has no outputs."""
+        values, project = stored.lengths[:, 0], self.project
+        key, value = [1, self.width], [1, 0]
+        if project is not None:
+            key, value = project.shape, project.shape
+        count = torch.div(values, key[0] * key[1] + value[0] * value[1], rounding_mode="floor")
+        parts = restore_parts(stored.values, values, [count, count], [key, value])
+        offsets = offsets_of(count)
+        return OutputMemory(parts[0], parts[1], offsets[:-1], offsets[1:])
 
     def memory_bytes(self, outputs: int, number_bytes: int = 4) -> int:
         """What a store keeps of a request with so many outputs."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ranker.longseq.groups.grouped import Gather, GroupAttention, GroupMemory
 from ranker.longseq.protocol import History, Probes, Target, latest
+from ranker.longseq.stored import Stored
 
 
 class Aggregator(nn.Module):
@@ -56,6 +57,16 @@ class Aggregator(nn.Module):
     def read(self, memory: GroupMemory, target: Target) -> Tensor:
         """`[N, heads · d_head]`."""
         return self.attention.read(memory, target)
+
+    @torch.jit.export
+    def store(self, memory: GroupMemory) -> Stored:
+        """Keys, values and sizes of the groups."""
+        return self.attention.store(memory)
+
+    @torch.jit.export
+    def restore(self, stored: Stored, now: Tensor) -> GroupMemory:
+        """A lost record has groups without events."""
+        return self.attention.restore(stored)
 
     def auxiliary(self, history: History, memory: GroupMemory) -> Tensor:
         """None of its own."""

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ranker.longseq.groups.grouped import Gather, GroupAttention, GroupMemory
 from ranker.longseq.protocol import History, Probes, Target, latest
+from ranker.longseq.stored import Stored
 from ranker.longseq.uxsid import orthogonality
 from ranker.ops.attention import window_attention
 
@@ -129,6 +130,17 @@ class CFormer(nn.Module):
     def read(self, memory: CFormerMemory, target: Target) -> Tensor:
         """`[N, heads · d_head]`."""
         return self.attention.read(memory.group, target)
+
+    @torch.jit.export
+    def store(self, memory: CFormerMemory) -> Stored:
+        """Keys, values and sizes of the centroids."""
+        return self.attention.store(memory.group)
+
+    @torch.jit.export
+    def restore(self, stored: Stored, now: Tensor) -> CFormerMemory:
+        """A lost record has centroids without events."""
+        group = self.attention.restore(stored)
+        return CFormerMemory(group, group.k[:0], group.k[:0])
 
     def auxiliary(self, history: History, memory: CFormerMemory) -> Tensor:
         """Both losses, weighted: means over requests with events; zero where `encode` kept nothing for it."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ranker.longseq.heads import Heads
 from ranker.longseq.protocol import History, Target
+from ranker.longseq.stored import Stored, restore_rows, store_rows
 from ranker.ops.attention import window_attention
 from ranker.ops.group_attention import group_attention, log_size
 from ranker.ops.groups import group_sums
@@ -96,6 +97,18 @@ class GroupAttention(nn.Module):
         """softmax(q kᵀ / √d + size) v over the request's groups: `[N, heads · d_head]`; zero without events."""
         q = self.project.queries(target.x)
         return group_attention(q, target.offsets, memory.k, memory.v, memory.size.unsqueeze(2))
+
+    def store(self, memory: GroupMemory) -> Stored:
+        """All keys, then all values: 2 · K · heads · d_head of them; exact: the K sizes."""
+        return store_rows(torch.stack([memory.k, memory.v], 1), memory.size)
+
+    def restore(self, stored: Stored) -> GroupMemory:
+        """A lost record has groups without events."""
+        few = stored.lengths[:, 1]
+        shape = [2, self.groups, self.heads, self.head_dim]
+        k, v = restore_rows(stored.values, stored.lengths[:, 0], shape).unbind(1)
+        size = restore_rows(stored.exact, few, [self.groups])
+        return GroupMemory(k, v, size.masked_fill((few == 0).unsqueeze(1), float("-inf")))
 
 
 class Gather(nn.Module):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ranker.longseq.groups.grouped import AgeWeight, GroupAttention, GroupMemory
 from ranker.longseq.protocol import History, Probes, Target, latest
+from ranker.longseq.stored import Stored
 from ranker.ops.groups import group_sums, nearest_group
 from ranker.ops.jagged import expand_windows
 
@@ -59,6 +60,16 @@ class KMeans(nn.Module):
     def read(self, memory: GroupMemory, target: Target) -> Tensor:
         """`[N, heads · d_head]`."""
         return self.attention.read(memory, target)
+
+    @torch.jit.export
+    def store(self, memory: GroupMemory) -> Stored:
+        """Keys, values and sizes of the groups."""
+        return self.attention.store(memory)
+
+    @torch.jit.export
+    def restore(self, stored: Stored, now: Tensor) -> GroupMemory:
+        """A lost record has groups without events."""
+        return self.attention.restore(stored)
 
     def auxiliary(self, history: History, memory: GroupMemory) -> Tensor:
         """None of its own."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ranker.longseq.groups.grouped import Gather
 from ranker.longseq.protocol import History, Probes, Target, latest
+from ranker.longseq.stored import Stored, restore_rows, store_rows
 from ranker.ops.group_attention import group_attention
 
 
@@ -60,6 +61,16 @@ class PolyEncoder(nn.Module):
         """Σ_i softmax_i(t · y_i / √width) y_i: `[N, width]`; zero without events."""
         t, y = self.candidate(target.x).unsqueeze(1), memory.y.unsqueeze(2)
         return group_attention(t, target.offsets, y, y, torch.zeros_like(y[:, :, :, 0]))
+
+    @torch.jit.export
+    def store(self, memory: PolyMemory) -> Stored:
+        """What the codes found: m · width values."""
+        return store_rows(memory.y)
+
+    @torch.jit.export
+    def restore(self, stored: Stored, now: Tensor) -> PolyMemory:
+        """Of a lost record the codes found nothing."""
+        return PolyMemory(restore_rows(stored.values, stored.lengths[:, 0], [self.codes.size(0), self.out_dim]))
 
     def auxiliary(self, history: History, memory: PolyMemory) -> Tensor:
         """None of its own."""

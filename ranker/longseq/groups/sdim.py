@@ -18,6 +18,7 @@ from torch.nn.functional import embedding_bag
 
 from ranker.longseq.groups.grouped import AgeWeight
 from ranker.longseq.protocol import History, Probes, Target, latest
+from ranker.longseq.stored import Stored, restore_rows, store_rows
 from ranker.ops.groups import group_sums
 from ranker.ops.jagged import expand_windows, segments_of
 from ranker.ops.simhash import hash_buckets, random_planes
@@ -72,6 +73,17 @@ class SDIM(nn.Module):
         )
         row = table * self.buckets + hash_buckets(target.x, self.planes)
         return embedding_bag(row, memory.bucket.flatten(0, 2), mode="mean")
+
+    @torch.jit.export
+    def store(self, memory: SDIMMemory) -> Stored:
+        """The buckets: hashes · 2^bits · d values."""
+        return store_rows(memory.bucket)
+
+    @torch.jit.export
+    def restore(self, stored: Stored, now: Tensor) -> SDIMMemory:
+        """A lost record has buckets without events."""
+        shape = [self.hashes, self.buckets, self.out_dim]
+        return SDIMMemory(restore_rows(stored.values, stored.lengths[:, 0], shape))
 
     def auxiliary(self, history: History, memory: SDIMMemory) -> Tensor:
         """None of its own."""

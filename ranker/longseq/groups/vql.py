@@ -32,6 +32,7 @@ from torch.nn.functional import layer_norm, pad
 
 from ranker.longseq.heads import Heads
 from ranker.longseq.protocol import History, Probes, Target, latest
+from ranker.longseq.stored import Stored, restore_rows, store_rows
 from ranker.ops.group_attention import group_attention, log_size
 from ranker.ops.groups import group_sums
 from ranker.ops.jagged import expand_windows, segment_sum, window_mean
@@ -138,6 +139,20 @@ class VQL(nn.Module):
         return group_attention(
             q, target.offsets, codes.transpose(1, 2), u / n.clamp(min=1e-30).unsqueeze(3), log_size(n)
         )
+
+    @torch.jit.export
+    def store(self, memory: VQLMemory) -> Stored:
+        """U, code by code, is heads · M · C · d_head values; N, which U is divided by, is exact; `last` is the time."""
+        return store_rows(memory.u, memory.n, memory.last)
+
+    @torch.jit.export
+    def restore(self, stored: Stored, now: Tensor) -> VQLMemory:
+        """Caches as of `now` `[R]`, as :meth:`at_time`'s. Those of a lost record have no events."""
+        few, shape = stored.lengths[:, 1], [self.heads, self.codes, self.caches]
+        n = restore_rows(stored.exact, few, shape)
+        u = restore_rows(stored.values, stored.lengths[:, 0], [shape[0], shape[1], shape[2], self.head_dim])
+        last = torch.where(few > 0, stored.time, now)
+        return VQLMemory(n, u, last, now, n[:0, 0, 0, 0], u[:0, :, :, 0])
 
     def auxiliary(self, history: History, memory: VQLMemory) -> Tensor:
         """λ times the mean quantisation loss of requests with events, in training."""
