@@ -10,7 +10,7 @@ from features.batch import names
 from features.errors import UserError
 from features.selection import FeatureSpec
 from ranker.config_blocks import HiSacConfig, LongConfig, SimHardConfig, SimSoftConfig, UxSidConfig
-from ranker.longseq import HiSAC, History, HyTRec, MeanPooling, Probes, Target, TargetAttention, UxSID
+from ranker.longseq import HiSAC, History, HyTRec, MeanPooling, Probes, Stored, Target, TargetAttention, UxSID
 from ranker.longseq.encoders import ELASTIC, HSTU, LONGER, SASRec
 from ranker.longseq.groups import LSH, SDIM, VQL, Aggregator, CFormer, KMeans, Patching, PolyEncoder
 from ranker.longseq.search import ETA, MIRRN, TWIN, SimHard, SimSoft
@@ -128,11 +128,6 @@ class Block(nn.Module):
             target: without probes.
             candidate_codes: `[N, codes]`.
         """
-        code = history.code[:, :0]
-        if len(self.code_columns) > 0:
-            code = history.code.index_select(1, torch.tensor(self.code_columns, device=history.code.device))
-        content = history.content.narrow(1, self.content_start, self.content_dim)
-        history = History(history.x, history.time, history.start, history.end, history.now, code, content)
         none = torch.zeros([0], dtype=torch.int64, device=target.x.device)
         probes = Probes(target.x[:0], none, none)
         if self.probe_column >= 0:
@@ -140,7 +135,32 @@ class Block(nn.Module):
             c = target.x.index_select(0, first).narrow(1, self.probe_start, self.dim)
             probes = Probes(c, group, request)
             target = Target(target.x, target.offsets, probe)
-        return BlockInput(history, probes, target)
+        return BlockInput(self.own(history), probes, target)
+
+    def own(self, history: History) -> History:
+        """The same with the codes and the content that the block reads, of all the ranker's."""
+        code = history.code[:, :0]
+        if len(self.code_columns) > 0:
+            code = history.code.index_select(1, torch.tensor(self.code_columns, device=history.code.device))
+        content = history.content.narrow(1, self.content_start, self.content_dim)
+        return History(history.x, history.time, history.start, history.end, history.now, code, content)
+
+    def store(self, history: History, probes: Probes) -> Stored:
+        """Of a compressor: what a store keeps of each request, or of each probe.
+
+        Args:
+            history: with every code and all content of the ranker, as of :meth:`inputs`.
+        """
+        memory = self.block.encode(self.own(history), probes)  # type: ignore[operator]
+        return self.block.store(memory)  # type: ignore[operator]
+
+    def read_stored(self, stored: Stored, now: Tensor, target: Target) -> Tensor:
+        """Of a compressor: what candidates read of stored records at `now` `[R]`: `[N, out_dim]`.
+
+        Args:
+            target: each candidate's probe is its record of `stored`, for a block with probes.
+        """
+        return self.block.read(self.block.restore(stored, now), target)  # type: ignore[operator]
 
 
 def _listed(features: list[str]) -> str:

@@ -124,12 +124,22 @@ def evaluate(
 
 
 @app.command()
-def export(run: RunPath, out: Annotated[Path, typer.Option(help="folder to make")]) -> None:
-    """Write the ranker as TorchScript with its manifest; refused unless its scores equal the trainer's."""
+def export(
+    run: RunPath,
+    out: Annotated[Path, typer.Option(help="folder to make")],
+    requests: Annotated[
+        int,
+        typer.Option(
+            min=1, help="compare scores on so many requests, of other splits too where the held-out has fewer"
+        ),
+    ] = 10_000,
+) -> None:
+    """Write the ranker as TorchScript with its manifest, whole and as a user encoder and a candidate ranker; refused
+    unless their scores equal the trainer's."""
     ensure_versions()
     from ranker.export import export as write
 
-    write(run, out)
+    write(run, out, requests)
 
 
 @app.command()

@@ -135,6 +135,23 @@ class Dense(nn.Module):
     def forward(self, embedded: Embedded, plain: Plain) -> Scores:
         """Scores of all candidates."""
         history, target = self.sequences(embedded, plain)
+        found: list[Tensor] = []
+        auxiliary, click_logits = torch.zeros([], device=history.x.device), [target.x[:, :0]]
+        for block in self.long:
+            output = block(history, target, plain.candidate_codes)
+            found.append(output.out)
+            auxiliary = auxiliary + output.loss
+            click_logits.append(output.click_logits)
+        logits = self.logits(embedded, plain, history, target, found)
+        return Scores(logits, auxiliary, torch.cat(click_logits, 1))
+
+    def logits(self, embedded: Embedded, plain: Plain, history: History, target: Target, found: list[Tensor]) -> Tensor:
+        """`[N, tasks]` from all that is known of candidates.
+
+        Args:
+            history: of which the short history is read; target: as of :meth:`sequences`.
+            found: `[N, out_dim]` of each long-sequence block, what candidates read there.
+        """
         request = segments_of(plain.offsets)
         per_request = torch.cat([embedded.request, self.of_request(plain.request_dense)], 1)
         parts = [per_request[request], embedded.candidate, self.of_candidate(plain.candidate_dense)]
@@ -142,13 +159,9 @@ class Dense(nn.Module):
             parts.append(target.x)
         if self.short is not None:
             parts.append(self.cross_short(self.short(history, target), target.x))
-        auxiliary, click_logits = torch.zeros([], device=history.x.device), [target.x[:, :0]]
-        for block, cross in zip(self.long, self.cross_long):  # noqa: B905  TorchScript knows no `strict`
-            found = block(history, target, plain.candidate_codes)
-            parts.append(cross(found.out, target.x))
-            auxiliary = auxiliary + found.loss
-            click_logits.append(found.click_logits)
-        return Scores(self.tower(torch.cat(parts, 1)), auxiliary, torch.cat(click_logits, 1))
+        for i, cross in enumerate(self.cross_long):
+            parts.append(cross(found[i], target.x))
+        return self.tower(torch.cat(parts, 1))
 
 
 class Ranker(nn.Module):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,7 +26,7 @@ from ranker.run import Run, codewords_of
 from ranker.towers import click_losses, esmm_loss
 from ranker.training.trainer import train
 from tests.ranker.block_configs import ALL, BLOCKS, HISAC, HYTREC, METHODS, NEXT, SEARCHES, TOGETHER, UXSID, WITH_LOSS
-from tests.ranker.test_export import SERVER
+from tests.ranker.export.server import answered_elsewhere
 
 ConfigOf = Callable[..., TrainConfig]
 Scalars = Callable[[Path], dict[str, dict[int, float]]]
@@ -74,19 +72,10 @@ def test_it_learns_and_is_exported(config_of: ConfigOf, coded: Path, tmp_path: P
     losses = list(found["loss/ctr"].values())
     assert losses[-1] < 0.95 * losses[0]
     assert (found["loss/auxiliary"][10] > 0) == (blocks in WITH_LOSS)
-    assert export(tmp_path / "run", tmp_path / "export") <= 1e-5
+    assert export(tmp_path / "run", tmp_path / "export", requests=300) <= 1e-5
     if blocks in TOGETHER:
-        scored_elsewhere(Run(tmp_path / "run"), tmp_path / "export" / "ranker.pt", tmp_path / "requests.pt")
-
-
-def scored_elsewhere(run: Run, model: Path, aside: Path) -> None:
-    """The same scores in a process that imports torch and fbgemm_gpu alone."""
-    inputs = inputs_of(batches_of(run.config)[0])
-    torch.save((inputs, torch.jit.load(str(model))(**inputs)), aside)
-    command = [sys.executable, "-I", "-c", SERVER, str(model), str(aside)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.startswith("scored ")
+        inputs = inputs_of(batches_of(Run(tmp_path / "run").config)[0])
+        answered_elsewhere(tmp_path / "requests.pt", (tmp_path / "export" / "ranker.pt", inputs))
 
 
 def logits_of(config: TrainConfig, candidates: int) -> Tensor:
