@@ -1,0 +1,238 @@
+"""What a store of records offers, whatever keeps them: named generations, written side by side, read one at a time.
+
+A generation is one build's records, with what is known of them (:class:`Generation`). Units of work are marked as done
+within it, each mark after or together with the unit's records, so that a build that was cut off goes on where it
+stood. Readers read the current generation, and :meth:`MemoryStore.switch` changes it for all of them at once; a reader
+notices within a second, and reads the former one till then.
+
+    lmdb:PATH                              a folder of this machine (also: a path alone)
+    redis://HOST:PORT/DB?namespace=NAME    a server; rediss:// by TLS; other parameters as redis-py's
+    redis+cluster://HOST:PORT?namespace=…  a cluster, by any of its nodes; rediss+cluster:// by TLS
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field
+
+from features.errors import UserError
+from ranker.memory.keys import U64
+from ranker.memory.record import Dtype
+from ranker.memory.versions import MemoryVersions
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+Reason = Literal["", "timeout", "connection", "backing_off", "no_generation", "store"]
+"""why records could not be looked up; "store": it answered what no store should"""
+
+
+class StoreError(UserError):
+    """A store that cannot be used, or not so."""
+
+
+class Generation(BaseModel):
+    """What is known of a build's records. Kept as JSON in the store."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    model: int
+    codebook: int
+    dtype: Dtype
+    blocks: dict[int, Literal["request", "probe"]]
+    """numbers of the blocks in ``model.long``, with what a record is of"""
+    as_of_ms: int
+    """the time whose histories the records hold"""
+    begun_ms: int
+    finished_ms: int | None = None
+    """None while it is being built: no reader can be switched to it"""
+    counts: dict[str, int] = Field(default_factory=dict)
+    """what the build counted"""
+    notes: dict[str, str] = Field(default_factory=dict)
+    """what else the build says of it: run, dataset, policy"""
+
+    @property
+    def versions(self) -> MemoryVersions:
+        """Of its records."""
+        return MemoryVersions(self.model, self.codebook)
+
+
+class Lookup(NamedTuple):
+    """values: the bytes of each key's record, None where there is none; lost: `[U]`, which could not be looked up, or
+    None where all could; reason: of the first that could not."""
+
+    values: Sequence[bytes | None]
+    lost: npt.NDArray[np.bool_] | None = None
+    reason: Reason = ""
+
+    @classmethod
+    def failed(cls, count: int, reason: Reason) -> Lookup:
+        """None of `count` records could be looked up."""
+        return cls([None] * count, np.ones(count, np.bool_), reason)
+
+
+class Size(NamedTuple):
+    """Of a generation: records; bytes on the disk, or of the values where the store tells no more."""
+
+    records: int
+    bytes: int
+
+
+class StoreReader(Protocol):
+    """Looks up records of the current generation; for many threads."""
+
+    def get_many(self, keys: U64, deadline_ms: float) -> Lookup:
+        """Records of the keys `[U]`, in their order; whatever the store does, in time and without raising."""
+        ...
+
+    def generation(self) -> str | None:
+        """The one that was read last."""
+        ...
+
+    def close(self) -> None:
+        """Give back what it holds; look-ups fail from here on."""
+        ...
+
+
+class GenerationWriter(Protocol):
+    """Writes records into one generation; any number of processes may, one machine's for LMDB."""
+
+    def put_many(self, keys: U64, values: Sequence[bytes]) -> None:
+        """Keep records, over older ones of the same keys; some may be written only by the next `done` or `close`."""
+        ...
+
+    def done(self, unit: str, counts: Mapping[str, int] | None = None) -> None:
+        """Mark a unit of work as done, with what was counted in it, once all records put so far are kept."""
+        ...
+
+    def close(self) -> None:
+        """Write what is left."""
+        ...
+
+
+class MemoryStore(Protocol):
+    """All that is done with a store but reading online. Every method may raise StoreError."""
+
+    url: str
+
+    def begin(self, generation: Generation) -> GenerationWriter:
+        """Make a generation, or go on with one of the same versions, dtype and blocks; a writer into it."""
+        ...
+
+    def finish(self, generation: Generation) -> None:
+        """Replace what is known of a generation, and state that it is whole (`finished_ms`)."""
+        ...
+
+    def done(self, name: str) -> dict[str, dict[str, int]]:
+        """Units of a generation that are done, with their counts."""
+        ...
+
+    def generations(self) -> list[Generation]:
+        """All of them, oldest first."""
+        ...
+
+    def current(self) -> str | None:
+        """The name of the one that readers read."""
+        ...
+
+    def switch(self, name: str) -> None:
+        """Have all readers read a finished generation from now on."""
+        ...
+
+    def drop(self, name: str) -> None:
+        """Remove a generation that is not the current one."""
+        ...
+
+    def size(self, name: str) -> Size:
+        """Of a generation."""
+        ...
+
+    def records(self, name: str) -> Iterator[tuple[int, bytes]]:
+        """Every key and record of a generation, in the store's order."""
+        ...
+
+    def get(self, name: str, keys: U64) -> list[bytes | None]:
+        """Records of a generation by their keys, without haste."""
+        ...
+
+    def reader(self) -> StoreReader:
+        """What looks up records online; made even while the store is absent."""
+        ...
+
+    def close(self) -> None:
+        """Give back what it holds."""
+        ...
+
+
+def open_store(url: str) -> MemoryStore:
+    """The store that a URL names; LMDB's folder is made by the first generation.
+
+    Raises:
+        StoreError: no such kind of store.
+    """
+    scheme = url.partition(":")[0] if ":" in url else "lmdb"
+    if scheme == "lmdb":
+        from ranker.memory.lmdb_store import LmdbStore
+
+        return LmdbStore(url.removeprefix("lmdb:").removeprefix("//"))
+    if scheme in ("redis", "rediss", "redis+cluster", "rediss+cluster"):
+        from ranker.memory.redis_store import RedisStore
+
+        return RedisStore(url)
+    raise StoreError(
+        f"{url}: a store of kind {scheme!r}; use lmdb:PATH, redis://HOST:PORT/DB, rediss://…, "
+        "redis+cluster://HOST:PORT or rediss+cluster://…"
+    )
+
+
+def named(name: str, what: str = "generation") -> str:
+    """A name that is safe in paths and keys.
+
+    Raises:
+        StoreError: it is not.
+    """
+    if not _NAME.fullmatch(name):
+        raise StoreError(f"{what} {name!r}: use 1 to 64 letters, digits, '.', '_' and '-', a letter or digit first")
+    return name
+
+
+def found_in(generations: Sequence[Generation], name: str, url: str) -> Generation:
+    """The generation of that name.
+
+    Raises:
+        StoreError: there is none.
+    """
+    for generation in generations:
+        if generation.name == name:
+            return generation
+    have = ", ".join(generation.name for generation in generations) or "none"
+    raise StoreError(f"{url}: no generation {name!r}; it has {have} (`ranker memory stats {url}`)")
+
+
+def refuse_other(old: Generation, new: Generation, url: str) -> None:
+    """Raise StoreError where records of `new` would lie among those of another kind."""
+    for key in ("model", "codebook", "dtype", "blocks"):
+        was, wanted = getattr(old, key), getattr(new, key)
+        if was != wanted:
+            raise StoreError(
+                f"{url}: generation {old.name!r} has {key} {was!r}, and these records {wanted!r}; choose another "
+                f"name, or drop it (`ranker memory drop {url} {old.name}`)"
+            )
+
+
+def switchable(generation: Generation, url: str) -> None:
+    """Raise StoreError where a generation is not whole."""
+    if generation.finished_ms is None:
+        raise StoreError(
+            f"{url}: generation {generation.name!r} is not finished; go on with its build, then switch to it"
+        )
+
+
+def droppable(name: str, current: str | None, url: str) -> None:
+    """Raise StoreError where readers read it."""
+    if name == current:
+        raise StoreError(f"{url}: generation {name!r} is the current one; switch to another first")
