@@ -1,4 +1,4 @@
-"""From memories to bytes: the records of a `Stored`, those of one size at once. :mod:`ranker.memory.record` has the layout."""
+"""From memories to bytes, laid out as :mod:`ranker.memory.record` says: the records of one size at once."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from ranker.memory.record import Dtype
 from ranker.memory.versions import MemoryVersions
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-Reason = Literal["", "timeout", "connection", "backing_off", "no_generation", "store"]
+Reason = Literal["", "timeout", "connection", "backing_off", "no_generation", "store", "closed"]
 """why records could not be looked up; "store": it answered what no store should"""
 
 
@@ -159,8 +159,13 @@ class MemoryStore(Protocol):
         """Records of a generation by their keys, without haste."""
         ...
 
-    def reader(self) -> StoreReader:
-        """What looks up records online; made even while the store is absent."""
+    def reader(self, check_every_s: float = 1.0, retry_after_s: float = 1.0) -> StoreReader:
+        """What looks up records online; made even while the store is absent.
+
+        Args:
+            check_every_s: how soon a switch is noticed.
+            retry_after_s: how long a server that did not answer in time is left alone.
+        """
         ...
 
     def close(self) -> None:
