@@ -1,0 +1,135 @@
+"""What a server reads memories with: raw user ids and codes in, the `memory` of ``candidate_ranker.pt`` out.
+
+All blocks of all requests are one batched look-up. It never raises, and ends by its deadline: a record that is missing,
+of another model, damaged, another's, or in a store that is slow or gone, is a lost one, of lengths 0 and 0, which the
+ranker takes as an empty history; :class:`ranker.memory.counters.MemoryCounters` tells them apart.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+from torch import Tensor
+
+from ranker.longseq.stored import Stored
+from ranker.memory.counters import MemoryCounters
+from ranker.memory.decode import Outcomes, decode
+from ranker.memory.keys import Keys, hashes_of, keys_of, user_keys
+from ranker.memory.store import Reason, open_store
+from ranker.memory.versions import MemoryVersions
+
+Per = Literal["request", "probe"]
+_LOG = logging.getLogger(__name__)
+
+
+class MemoryReader:
+    """For many threads, and for processes forked after it was made.
+
+    Args:
+        store_url: as :func:`ranker.memory.store.open_store` takes it; the store need not be there yet.
+        blocks: number in ``model.long``, and what its records are of, as the export's manifest lists them.
+        versions: of the model that is served; records of others are lost ones.
+        deadline_ms: of a read from Redis.
+        check_every_s: how soon a switch to another generation is noticed.
+        retry_after_s: how long a server that failed is left alone.
+
+    Raises:
+        StoreError: no such kind of store.
+        ValueError: an argument is no such thing.
+    """
+
+    def __init__(
+        self,
+        store_url: str,
+        blocks: Mapping[int, Per],
+        versions: MemoryVersions,
+        deadline_ms: float = 20.0,
+        check_every_s: float = 1.0,
+        retry_after_s: float = 1.0,
+        counters: MemoryCounters | None = None,
+    ) -> None:
+        for block, per in blocks.items():
+            if block < 0 or per not in ("request", "probe"):
+                raise ValueError(f"block {block}: {per!r}; must be a number in model.long, with 'request' or 'probe'")
+        for name, value in (("deadline_ms", deadline_ms), ("check_every_s", check_every_s), ("retry", retry_after_s)):
+            if not value > 0:
+                raise ValueError(f"{name}: {value}; must be greater than 0")
+        self._blocks, self._versions, self._deadline_ms = dict(sorted(blocks.items())), versions, deadline_ms
+        self._reader = open_store(store_url).reader(check_every_s, retry_after_s)
+        self.counters = counters or MemoryCounters()
+
+    def read(self, users: Sequence[int | str], probes: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Memories of R requests.
+
+        Args:
+            users: raw ids, `[R]`.
+            probes: for each block i that has records by probe ``"{i}.request"`` `[Q]`, ascending, and ``"{i}.code"``
+                `[Q]`, each pair once: what ``user_encoder.pt`` takes.
+
+        Returns:
+            ``"{i}.values"``, ``"{i}.exact"``, ``"{i}.lengths"`` and ``"{i}.time"`` of every block.
+        """
+        begin = time.perf_counter()
+        try:
+            memory, outcomes, reason = self._read(users, probes or {})
+        except Exception:
+            counts = {block: self._count(block, users, probes or {}) for block in self._blocks}
+            if self.counters.error(time.perf_counter() - begin, counts):
+                _LOG.exception("memories are lost; further exceptions are counted, not logged")
+            return {name: part for block, n in counts.items() for name, part in _named(block, decode_none(n)).items()}
+        self.counters.read(time.perf_counter() - begin, outcomes, reason)
+        return memory
+
+    def generation(self) -> str | None:
+        """The one that was read last."""
+        return self._reader.generation()
+
+    def close(self) -> None:
+        """Give back what the store holds; reads give lost records from here on."""
+        self._reader.close()
+
+    def _read(
+        self, users: Sequence[int | str], probes: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[int, tuple[Outcomes, int]], Reason]:
+        hashes = hashes_of(users)
+        keys: list[Keys] = []
+        for block, per in self._blocks.items():
+            if per == "request":
+                keys.append(user_keys(hashes, block))
+            else:
+                request, code = (probes[f"{block}.{part}"].numpy() for part in ("request", "code"))
+                keys.append(keys_of(hashes, block, request, code))
+        asked = keys[0].key if len(keys) == 1 else np.concatenate([np.zeros(0, np.uint64), *(one.key for one in keys)])
+        found = self._reader.get_many(asked, self._deadline_ms)
+        memory: dict[str, Tensor] = {}
+        outcomes: dict[int, tuple[Outcomes, int]] = {}
+        start = 0
+        for block, of_block in zip(self._blocks, keys, strict=True):
+            end = start + len(of_block.key)
+            values = found.values if len(keys) == 1 else found.values[start:end]
+            decoded = decode(values, of_block.fingerprint, self._versions)
+            lost = 0 if found.lost is None else int(np.count_nonzero(found.lost[start:end]))
+            outcomes[block] = decoded.outcomes._replace(missing=decoded.outcomes.missing - lost), lost
+            memory |= _named(block, decoded.stored)
+            start = end
+        return memory, outcomes, found.reason
+
+    def _count(self, block: int, users: Sequence[int | str], probes: Mapping[str, Tensor]) -> int:
+        """Records that a read asks for, whatever was wrong with its arguments."""
+        try:
+            return len(users) if self._blocks[block] == "request" else probes[f"{block}.code"].numel()
+        except Exception:
+            return 0
+
+
+def decode_none(count: int) -> Stored:
+    """So many lost records."""
+    return decode([None] * count, np.zeros(count, np.uint32)).stored
+
+
+def _named(block: int, stored: Stored) -> dict[str, Tensor]:
+    return {f"{block}.{part}": tensor for part, tensor in zip(Stored._fields, stored, strict=True)}
