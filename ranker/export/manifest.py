@@ -31,6 +31,8 @@ from ranker.export.inputs import (
     stored_blocks,
 )
 from ranker.export.parity import Parity
+from ranker.memory.keys import RULE as RULE_OF_KEYS
+from ranker.memory.versions import versions_of
 from ranker.run import Run, codebooks_of, versions, write_json
 
 RECORDS = {
@@ -51,7 +53,7 @@ def write_manifest(folder: Path, run: Run, selection: Selection, files: Sequence
         {
             "name": config.name,
             "files": {file.name: _described(file, selection, config) for file in files},
-            "memory": _memory(config, spec),
+            "memory": _memory(run, spec),
             "keys": {
                 "request": names(spec.request),
                 "candidate": names(spec.candidate),
@@ -77,15 +79,17 @@ def write_manifest(folder: Path, run: Run, selection: Selection, files: Sequence
     )
 
 
-def _memory(config: TrainConfig, spec: FeatureSpec) -> dict[str, object]:
+def _memory(run: Run, spec: FeatureSpec) -> dict[str, object]:
     """What a store keeps between user encoder and candidate ranker, or why there is no such pair."""
+    config = run.config
     if reason := no_pair_because(config):
         return {"blocks": [], "no_pair_because": reason}
     blocks = [
         {"number": block.number, "type": block.type, "per": "probe" if block.probe else "request", "probe": block.probe}
         for block in stored_blocks(config, spec)
     ]
-    return {"blocks": blocks, "short_length": short_length_of(config)}
+    versions = {name: f"{version:016x}" for name, version in versions_of(run)._asdict().items()}
+    return {"blocks": blocks, "short_length": short_length_of(config), "versions": versions, "keys": RULE_OF_KEYS}
 
 
 def _described(file: File, selection: Selection, config: TrainConfig) -> dict[str, object]:
