@@ -44,10 +44,11 @@ def test_running_mean_equals_the_loop(lengths: list[int], block: int, seed: int)
 
 
 def test_a_running_mean_keeps_its_precision_over_long_sequences():
-    """In float32, over a million tokens after a great sum."""
+    """In float32, over a million tokens after a great sum: what is lost is lost among the 32 tokens of a block, each of
+    whose products and sums is rounded by 2^-24 at most."""
     x = torch.cat([torch.full([1000, 1], 1e6), torch.ones(1_000_000, 1)])
     found = running_mean(x, running_mean_plan(torch.tensor([0, 1000, 1_001_000]), x))
-    torch.testing.assert_close(found, x, rtol=1e-6, atol=0)
+    torch.testing.assert_close(found, x, rtol=2 * 32 * 2**-24, atol=0)
 
 
 @given(st.lists(st.lists(st.integers(0, 40), min_size=1, max_size=4), max_size=4), st.integers(0, 2**31))
