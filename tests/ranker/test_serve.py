@@ -157,7 +157,8 @@ def test_scores_from_the_store_are_the_whole_rankers(
     fill(url, exported, batch, dtype)
     scorer = scorer_of(url)
     found = score(scorer, exported, batch)
-    expected = exported.model("ranker.pt")(**inputs_of(batch)).detach()
+    expected = exported.model("ranker.pt")(**inputs_of(batch))
+    assert not expected.requires_grad
     assert scorer.outputs == ["p_ctr", "p_ctcvr", "p_cvr"]
     difference = float((found - expected).abs().max())
     assert difference <= BOUND[dtype]
