@@ -11,7 +11,7 @@ def id_table(manifest: Manifest) -> Table:
     """One line for each feature of ids: rows of a table, row 0 included; of hashed ids how many there are, and how many
     share their row; else the share of the ids of each split that the vocabulary lacks."""
     splits = manifest.filled_splits()
-    table = Table("ids", "rows", "hashed ids", "share a row", *(f"unknown, {split}" for split in splits))
+    table = Table("ids", "rows", "hashed", "share a row", *splits, title="ids, and how many of a split's are unknown")
     for feature, rows, hashed in _features(manifest):
         unknown = [manifest.splits[split].unknown.get(feature) for split in splits]
         counts = ("–", "–") if hashed is None else (f"{hashed.ids:,}", _share(hashed.sharing, hashed.ids))
