@@ -40,6 +40,9 @@ from ranker.towers import esmm_probabilities
 
 REQUESTS = 10_000
 """compared, where the dataset has as many"""
+WHOLE = File("ranker.pt", "ranker")
+ENCODER = File("user_encoder.pt", "user_encoder")
+READER = File("candidate_ranker.pt", "candidate_ranker")
 
 
 def export(run_root: Path, out: Path, requests: int = REQUESTS) -> float:
@@ -94,17 +97,20 @@ def _export(run: Run, folder: Path, requests: int) -> float:
 
 def ways_of(ranker: Ranker, spec: FeatureSpec, config: TrainConfig, folder: Path) -> list[Way]:
     """Write the files, load them again, and say how each must score."""
-    file = File("ranker.pt", "ranker")
-    whole = _scripted(ServedRanker(ranker, spec), folder / file.name)
-    ways = [Way("ranker", lambda batch: whole(**inputs_of(batch)), (file,))]
-    if reason := no_pair_because(config):
+    reason = no_pair_because(config)
+    _save(ServedRanker(ranker, spec), folder / WHOLE.name)
+    if reason is None:
+        _save(UserEncoder(ranker, spec, config.tables), folder / ENCODER.name)
+        _save(CandidateRanker(ranker, spec, config.tables), folder / READER.name)
+    del ranker  # beside the trainer's tables memory holds those that are loaded, and not these too
+    whole = torch.jit.load(str(folder / WHOLE.name))
+    ways = [Way("ranker", lambda batch: whole(**inputs_of(batch)), (WHOLE,))]
+    if reason is not None:
         log(f"no user encoder and no candidate ranker: {reason}")
         return ways
-    files = File("user_encoder.pt", "user_encoder"), File("candidate_ranker.pt", "candidate_ranker")
-    encoder = _scripted(UserEncoder(ranker, spec, config.tables), folder / files[0].name)
-    reader = _scripted(CandidateRanker(ranker, spec, config.tables), folder / files[1].name)
+    encoder, reader = (torch.jit.load(str(folder / file.name)) for file in (ENCODER, READER))
     score = through_pair(encoder, reader, spec, stored_blocks(config, spec), short_length_of(config))
-    return [*ways, Way("pair", score, files, against="ranker")]
+    return [*ways, Way("pair", score, (ENCODER, READER), against="ranker")]
 
 
 def through_pair(
@@ -120,7 +126,5 @@ def through_pair(
     return score
 
 
-def _scripted(module: nn.Module, file: Path) -> torch.jit.ScriptModule:
-    """Compiled, saved, and loaded again: what is compared is the file."""
+def _save(module: nn.Module, file: Path) -> None:
     torch.jit.script(module.eval()).save(str(file))
-    return torch.jit.load(str(file))

@@ -85,7 +85,7 @@ def test_next_items_are_not_looked_for_by_hashes(hashed: Path, config_of: Config
 
 @pytest.fixture
 def exported(run: Path, tmp_path: Path) -> Path:
-    assert export(run, tmp_path / "export") <= 1e-5
+    assert export(run, tmp_path / "export", requests=300) <= 1e-5
     return tmp_path / "export"
 
 

@@ -44,7 +44,7 @@ def test_trains_measures_and_exports_with_codes(coded: Path, config_of: ConfigOf
     run = trained_on(coded, config_of, tmp_path / "run")
     report = evaluate(run)
     assert report is not None
-    assert export(run, tmp_path / "export") <= 1e-5
+    assert export(run, tmp_path / "export", requests=300) <= 1e-5
     recorded = {"sid": {"version": "monday", "content_hash": Dataset(coded).manifest.codebooks["sid"].content_hash}}
     assert json.loads((run / "run.json").read_text())["codebooks"] == recorded
     assert json.loads((tmp_path / "export" / "manifest.json").read_text())["codebooks"] == recorded

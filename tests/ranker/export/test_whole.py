@@ -13,47 +13,28 @@ import pytest
 import torch
 from torch import Tensor
 
-from features.selection import resolve
+from features.errors import UserError
 from ranker.config import TrainConfig
-from ranker.evaluation.predict import scoring_loader, selection_of
-from ranker.export import ExportError, export, inputs_of, known_ids
+from ranker.export import ExportError, export, known_ids
 from ranker.export import command as exporting
 from ranker.ranks import Ranks
 from ranker.run import Run, RunError
 from ranker.training.trainer import train
-from tests.ranker.export.server import answered_elsewhere
+from tests.ranker.export.conftest import Exported
 
 ConfigOf = Callable[..., TrainConfig]
 Inputs = dict[str, Tensor]
 ALONE = Ranks(0, 1, 1, torch.device("cpu"))
 
 
-@pytest.fixture(scope="module")
-def exported(once: Callable[..., Path], trained: Path) -> Path:
-    return once("exported", lambda out: export(trained, out))
+@pytest.fixture
+def exported(exported_of: Callable[[str], Exported]) -> Path:
+    return exported_of("mean").folder
 
 
-@pytest.fixture(scope="module")
-def model(exported: Path) -> torch.jit.ScriptModule:
-    return torch.jit.load(str(exported / "ranker.pt"))
-
-
-def requests_of(run: Run, batch: int) -> Inputs:
-    """The first requests of the test split as the exported model's inputs."""
-    data = run.dataset()
-    config = run.config.model_copy(update={"loader": run.config.loader.model_copy(update={"requests": batch})})
-    selection = selection_of(config, data, resolve(config.features, data.manifest))
-    return inputs_of(next(scoring_loader(config, data, "test", selection, ALONE).batches()))
-
-
-def test_greatest_difference_is_within_the_tolerance(exported: Path):
-    parity = json.loads((exported / "manifest.json").read_text())["parity"]
-    assert parity["requests"] >= 300
-    assert 0 <= parity["ways"]["ranker"]["greatest_difference"] <= 1e-5
-
-
-def test_scores_where_only_torch_and_fbgemm_are_imported(exported: Path, trained: Path, tmp_path: Path):
-    answered_elsewhere(tmp_path / "requests.pt", (exported / "ranker.pt", requests_of(Run(trained), 16)))
+@pytest.fixture
+def model(exported_of: Callable[[str], Exported]) -> torch.jit.ScriptModule:
+    return exported_of("mean").loaded("ranker.pt")
 
 
 def one_request(items: int, events: int) -> Inputs:
@@ -108,12 +89,15 @@ def test_known_ids_go_by_their_own_table():
     assert known_ids(values, lengths, [5, 9]).tolist() == [1, 0, 5, 0, 0]
 
 
-def test_ctr_only_without_pooled_features(config_of: ConfigOf, gaps: Path, tmp_path: Path):
+def test_ctr_only_without_pooled_features(
+    config_of: ConfigOf, gaps: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     features = "features={request: [], candidate: [], dense: [], sequence: [item], event: []}"
     blocks = "model.long=[{type: target_attention, length: 4}, {type: mean}]"
     config = config_of(f"dataset={gaps}", features, blocks, "tasks.conversion=null", "model.tower.type=mmoe")
     train(config, tmp_path / "run")
     assert export(tmp_path / "run", tmp_path / "export") <= 1e-5
+    assert "no user encoder and no candidate ranker: model.long[0] (target_attention): reads" in capsys.readouterr().err
     manifest = json.loads((tmp_path / "export" / "manifest.json").read_text())
     assert manifest["files"]["ranker.pt"]["outputs"] == ["p_ctr"]
     assert manifest["metrics"] is None
@@ -131,7 +115,13 @@ def test_refused_where_scores_differ(trained: Path, tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(exporting, "unsharded", corrupt)
     with pytest.raises(ExportError, match=r"scores differ from the trainer's by .* \(allowed 1e-05\): not exported"):
-        export(trained, tmp_path / "export")
+        export(trained, tmp_path / "export", requests=100)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_requests_to_compare_are_refused(trained: Path, tmp_path: Path):
+    with pytest.raises(UserError, match="--requests 0: must be at least 1: what is exported is compared"):
+        export(trained, tmp_path / "export", requests=0)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -140,7 +130,7 @@ def test_an_existing_folder_is_refused(trained: Path, exported: Path, tmp_path: 
         export(trained, exported)
     (tmp_path / "empty").mkdir()
     shutil.copytree(trained, tmp_path / "run")
-    assert export(tmp_path / "run", tmp_path / "empty") <= 1e-5
+    assert export(tmp_path / "run", tmp_path / "empty", requests=100) <= 1e-5
 
 
 def test_table_rows_are_those_of_the_checkpoint(

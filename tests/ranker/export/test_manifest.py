@@ -1,0 +1,100 @@
+"""``manifest.json`` tells a server what it must know, as the files have it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from features.dataset import Dataset
+from ranker.export import encoder_inputs_of, inputs_of, probes_of, ranker_inputs_of, short_length_of, stored_blocks
+from ranker.run import versions
+from tests.ranker.export.conftest import PAIRS, Exported
+
+ExportedOf = Callable[[str], Exported]
+
+
+def manifest_of(exported: Exported) -> dict[str, Any]:
+    return json.loads((exported.folder / "manifest.json").read_text())
+
+
+def typed(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Data types and numbers of dimensions, as the manifest writes them."""
+
+    def of(x: Tensor | dict[str, Tensor]) -> dict[str, Any]:
+        return typed(x) if isinstance(x, dict) else {"dtype": str(x.dtype).removeprefix("torch."), "dims": x.dim()}
+
+    return {name: of(x) for name, x in inputs.items()}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_every_file_with_its_inputs_and_outputs(exported_of: ExportedOf, name: str):
+    """As they really are, records among them."""
+    exported = exported_of(name)
+    config, spec, batch = exported.run.config, exported.spec, exported.batch()
+    probes, records = probes_of(batch, stored_blocks(config, spec))
+    stored = exported.loaded("user_encoder.pt")(**encoder_inputs_of(batch, probes))
+    scores = ["p_ctr", "p_ctcvr", "p_cvr"]
+    ranker_inputs = ranker_inputs_of(batch, spec, short_length_of(config)) | {"memory": stored | records}
+    assert manifest_of(exported)["files"] == {
+        "ranker.pt": {"inputs": typed(inputs_of(batch)), "outputs": scores},
+        "user_encoder.pt": {"inputs": typed(encoder_inputs_of(batch, probes)), "outputs": typed(stored)},
+        "candidate_ranker.pt": {"inputs": typed(ranker_inputs), "outputs": scores},
+    }
+    assert {file.name for file in exported.folder.iterdir()} == {*manifest_of(exported)["files"], "manifest.json"}
+
+
+def test_what_a_store_keeps(exported_of: ExportedOf):
+    memory = manifest_of(exported_of("all"))["memory"]
+    kept = [(block["number"], block["type"], block["per"], block["probe"]) for block in memory["blocks"]]
+    assert kept == [
+        (0, "mean", "request", None),
+        (1, "uxsid", "probe", "item.sid_1"),
+        (2, "hisac", "request", None),
+        (3, "hytrec", "request", None),
+        (4, "uxsid", "probe", "item.sid_2"),
+        (5, "vql", "request", None),
+    ]
+    assert memory["short_length"] is None
+    assert manifest_of(exported_of("mean"))["memory"]["short_length"] == 20
+
+
+def test_what_was_compared(exported_of: ExportedOf):
+    """Which requests, how far scores are apart, and the clicks' AUC of each way."""
+    parity = manifest_of(exported_of("mean"))["parity"]
+    assert sum(parity["splits"].values()) == parity["requests"] >= 400
+    assert list(parity["splits"]) == ["test", "valid"]  # the held-out split has fewer
+    assert 0.5 < parity["trainer"]["auc"] < 1
+    for name, files in (("ranker", ["ranker.pt"]), ("pair", ["user_encoder.pt", "candidate_ranker.pt"])):
+        way = parity["ways"][name]
+        assert way["files"] == files
+        assert 0 <= way["greatest_difference"] <= way["allowed"] == 1e-5
+        assert way["auc"] == pytest.approx(parity["trainer"]["auc"], abs=1e-4)
+        assert way["auc_change"] == way["auc"] - parity["trainer"]["auc"]
+
+
+def test_the_run_its_data_and_its_features(exported_of: ExportedOf):
+    exported = exported_of("mean")
+    manifest, run = manifest_of(exported), exported.run
+    assert manifest["keys"] == {
+        "request": ["user", "user.device"],
+        "candidate": ["item", "item.category", "candidate.position"],
+        "sequence": [
+            "history:item", "history:item.category", "history:event.action",
+            "candidate:item", "candidate:item.category",
+        ],
+        "request_dense": [],
+        "candidate_dense": ["item.price"],
+        "event_dense": [],
+        "codes": [],
+    }  # fmt: skip
+    data = Dataset(run.config.dataset)
+    assert manifest["vocabulary_hash"] == data.vocabulary_hash()
+    assert manifest["dataset"]["content_hash"] == data.manifest.content_hash
+    assert manifest["table_sizes"]["item"] == data.manifest.known_items
+    assert manifest["versions"] == versions()
+    assert manifest["metrics"] == json.loads((run.root / "metrics.json").read_text())
+    assert manifest["checkpoint"] == run.best().name
