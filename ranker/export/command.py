@@ -98,6 +98,7 @@ def _export(run: Run, folder: Path, requests: int) -> float:
 def ways_of(ranker: Ranker, spec: FeatureSpec, config: TrainConfig, folder: Path) -> list[Way]:
     """Write the files, load them again, and say how each must score."""
     reason = no_pair_because(config)
+    ranker.requires_grad_(False)  # a server has no use for a graph of what it computed
     _save(ServedRanker(ranker, spec), folder / WHOLE.name)
     if reason is None:
         _save(UserEncoder(ranker, spec, config.tables), folder / ENCODER.name)

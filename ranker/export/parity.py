@@ -120,8 +120,8 @@ def compare(
                     scores[way.name] = way.score(batch)
                     scored[way.name].add(scores[way.name], scores[way.against])
                 labels.append(batch.labels[:, 0])
+                progress.advance(min(batch.requests, requests - sum(used.values())))
                 used[split] = used.get(split, 0) + batch.requests
-                progress.advance(batch.requests)
                 if sum(used.values()) >= requests:
                     break
     clicked = torch.cat([torch.zeros(0), *labels]).numpy()

@@ -37,4 +37,4 @@ def unsharded(model: nn.Module, spec: FeatureSpec, run: Run) -> Ranker:
     missing, unexpected = ranker.load_state_dict(state, strict=False)
     if missing or unexpected:
         raise ExportError(f"parameters do not match: missing {missing}, unexpected {unexpected}")
-    return ranker.eval().requires_grad_(False)  # a server has no use for a graph of what it computed
+    return ranker.eval()

@@ -140,5 +140,6 @@ def test_table_rows_are_those_of_the_checkpoint(
     served = dict(model.named_parameters())
     names = [name for name in served if name.startswith("tables")]
     assert len(names) == 8
+    assert not any(parameter.requires_grad for parameter in served.values())
     for name in names:
         assert np.array_equal(served[name].detach(), saved[f".model.{name}"]), name
