@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from ranker.longseq.hytrec_layers import LocalSoftmax, ShortSoftmax, Tadn, Tokens, unit
-from ranker.longseq.protocol import History, Probes, Target, compact, latest, shared_passes
+from ranker.longseq.hytrec_passes import Passes, between, pass_a_row, pass_each
+from ranker.longseq.protocol import History, Probes, Target, compact, latest
 from ranker.longseq.stored import Stored, restore_parts, store_parts
 from ranker.ops.delta_rule import read_state
 from ranker.ops.jagged import offsets_of, segments_of
@@ -49,20 +50,6 @@ class HybridMemory(NamedTuple):
     predicted: Tensor
     following: Tensor
     event: Tensor
-
-
-class Passes(NamedTuple):
-    """G passes of the long branch, each over a row's events from the first up to a split.
-
-    long: the events of the passes, as :func:`~ranker.longseq.protocol.compact` has them.
-    first, end: `[R]` int64; request r has seen the tokens ``first[r] : end[r]`` of a pass.
-    at: `[P]` int64, the last token of each request with tokens, or None where each pass is one request's.
-    """
-
-    long: History
-    first: Tensor
-    end: Tensor
-    at: Tensor | None
 
 
 class LongOutputs(NamedTuple):
@@ -190,7 +177,7 @@ class HyTRec(nn.Module):
         split = torch.maximum(history.start, history.end - self.short_length)
         long = self._long(history, split)
         pooled = mean_up_to(long.x, long.first, long.end)
-        short = compact(_between(history, split, history.end))
+        short = compact(between(history, split, history.end))
         outputs = self.short_norm(self.short(self.event(short.x), offsets_of(short.end - short.start)))
         k, v = self.key_value(outputs).unflatten(1, [2, self.heads, -1]).unbind(1)
         predicted, following, event = long.x[:0], long.x[:0], split[:0]
@@ -260,7 +247,7 @@ class HyTRec(nn.Module):
         """What the linear layers do along time, request after request: for pictures."""
         history = latest(history, self.length)
         split = torch.maximum(history.start, history.end - self.short_length)
-        x, tokens = self._first_tokens(_pass_each(history, split))
+        x, tokens = self._first_tokens(pass_each(history, split))
         layers: list[LayerGates] = []
         for layer in self.layers:
             if isinstance(layer, Tadn):
@@ -278,7 +265,7 @@ class HyTRec(nn.Module):
 
     def _long(self, history: History, split: Tensor) -> LongOutputs:
         """The long branch, and what each request takes from it."""
-        passes = _pass_each(history, split) if self.decay_by_age else _pass_a_row(history, split)
+        passes = pass_each(history, split) if self.decay_by_age else pass_a_row(history, split)
         x, tokens = self._first_tokens(passes)
         states: list[Tensor] = []
         for layer in self.layers:
@@ -312,25 +299,3 @@ class HyTRec(nn.Module):
         token = long.end.unsqueeze(1) - 1 - back  # [R, next_items]
         real = token >= long.first.unsqueeze(1)
         return token[real], (split.unsqueeze(1) - back)[real]
-
-
-def _between(history: History, start: Tensor, end: Tensor) -> History:
-    """The same events in other windows."""
-    return History(history.x, history.time, start, end, history.now, history.code, history.content)
-
-
-def _pass_each(history: History, split: Tensor) -> Passes:
-    """One pass a request."""
-    long = compact(_between(history, history.start, split))
-    return Passes(long, long.start, long.end, None)
-
-
-def _pass_a_row(history: History, split: Tensor) -> Passes:
-    """One pass for all requests whose windows begin at the same event, up to the last of their splits."""
-    passes, row = shared_passes(_between(history, history.start, split))
-    if passes.start.numel() == split.numel():
-        return _pass_each(history, split)
-    long = compact(passes)
-    first = long.start[row]
-    seen = split - history.start
-    return Passes(long, first, first + seen, (first + seen - 1)[seen > 0])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from features.dataset import Dataset
 from ranker.export import encoder_inputs_of, inputs_of, probes_of, ranker_inputs_of, short_length_of, stored_blocks
+from ranker.memory.versions import MemoryVersions, versions_of
 from ranker.run import versions
 from tests.ranker.export.conftest import PAIRS, Exported
 
@@ -48,7 +49,9 @@ def test_every_file_with_its_inputs_and_outputs(exported_of: ExportedOf, name: s
 
 
 def test_what_a_store_keeps(exported_of: ExportedOf):
-    memory = manifest_of(exported_of("all"))["memory"]
+    """By block, in the versions of which readers ask for it."""
+    exported = exported_of("all")
+    memory = manifest_of(exported)["memory"]
     kept = [(block["number"], block["type"], block["per"], block["probe"]) for block in memory["blocks"]]
     assert kept == [
         (0, "mean", "request", None),
@@ -59,6 +62,8 @@ def test_what_a_store_keeps(exported_of: ExportedOf):
         (5, "vql", "request", None),
     ]
     assert memory["short_length"] is None
+    versions_read = MemoryVersions(**{name: int(version, 16) for name, version in memory["versions"].items()})
+    assert versions_read == versions_of(exported.run)
     assert manifest_of(exported_of("mean"))["memory"]["short_length"] == 20
 
 
