@@ -5,10 +5,12 @@ Nothing that comes from a store is trusted: a record that is cut, changed, anoth
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Generator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from ranker.longseq.stored import Stored
@@ -75,7 +77,7 @@ def decode(found: Sequence[bytes | None], fingerprints: U32, versions: MemoryVer
     return Decoded(_joined(parts, len(found)), Outcomes(good, len(found) - present, old, corrupt, collision))
 
 
-def _by_size(found: Sequence[bytes | None]) -> Generator[tuple[I64, int, bytes]]:
+def _by_size(found: Sequence[bytes | None]) -> Generator[tuple[I64, int, bytearray]]:
     """Places of the records of one size, that size, and their bytes one after another."""
     rows = np.arange(len(found))
     present = [value for value in found if value is not None]
@@ -84,12 +86,12 @@ def _by_size(found: Sequence[bytes | None]) -> Generator[tuple[I64, int, bytes]]
     sizes = list(map(len, present))
     distinct = set(sizes)
     if len(distinct) == 1:
-        yield rows, distinct.pop(), b"".join(present)
+        yield rows, distinct.pop(), bytearray().join(present)
         return
     of_record = np.array(sizes, np.int64)
     for size in sorted(distinct):
         alike = np.flatnonzero(of_record == size)
-        yield rows[alike], size, b"".join([present[i] for i in alike.tolist()])
+        yield rows[alike], size, bytearray().join([present[i] for i in alike.tolist()])
 
 
 def _by_kind(rows: I64, words: U64) -> Generator[_Part]:
@@ -118,11 +120,17 @@ def _part(rows: I64, words: U64, dtype: Dtype, values: int, exact: int) -> _Part
     time = words[:, 5].astype(np.int64)
     if dtype != "int8":
         numbers = data[:, start : start + WIDTH[dtype] * values].view("<f4" if dtype == "float32" else "<f2")
-        return _Part(rows, numbers.astype(np.float32), kept, time)
+        return _Part(rows, widened(numbers), kept, time)
     scales = scales_of(values)
-    scale = data[:, start : start + 2 * scales].view("<f2").astype(np.float32)
+    scale = data[:, start : start + 2 * scales].view("<f2")
     integers = data[:, start + 2 * scales : start + 2 * scales + values].view(np.int8).astype(np.float32)
-    return _Part(rows, integers * scale.repeat(SCALED, 1)[:, :values], kept, time)
+    return _Part(rows, integers * widened(scale).repeat(SCALED, 1)[:, :values], kept, time)
+
+
+def widened(numbers: npt.NDArray[Any]) -> Floats:
+    """float16 or float32 as float32, by PyTorch: NumPy has no fast way."""
+    native = numbers if sys.byteorder == "little" else numbers.astype(numbers.dtype.newbyteorder("="))
+    return torch.from_numpy(native).float().contiguous().numpy()
 
 
 def _joined(parts: list[_Part], count: int) -> Stored:

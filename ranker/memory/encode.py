@@ -114,7 +114,7 @@ def _packed(values: Floats, dtype: Dtype) -> tuple[Bytes, int]:
         return _bytes(values, "<f4"), 0
     if dtype == "float16":
         beyond = int((np.abs(values) > _LARGEST).sum())
-        return _bytes(values.clip(-_LARGEST, _LARGEST), "<f2"), beyond
+        return _bytes(torch.from_numpy(values.clip(-_LARGEST, _LARGEST)).half().numpy(), "<f2"), beyond
     rows, width = values.shape
     padded = np.zeros([rows, scales_of(width) * SCALED], np.float32)
     padded[:, :width] = values

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TypedDict
 
 import lmdb
+import numpy as np
 
 from ranker.memory.keys import U64
 from ranker.memory.store import Lookup, Reason
@@ -98,7 +99,9 @@ class LmdbReader:
             self._look()
         if (opened := self._opened) is None:
             return Lookup.failed(len(keys), self._reason)
-        names = keys.astype(">u8").view("V8").tolist()
+        # in the order of the pages: a cursor that stays on one need not come down the tree again
+        order = np.argsort(keys)
+        names = keys[order].astype(">u8").view("V8").tolist()
         try:
             with opened.env.begin(db=opened.records) as txn, txn.cursor() as cursor:
                 found = cursor.getmulti(names)
@@ -106,9 +109,12 @@ class LmdbReader:
             self._opened, self._seen, self._reason = None, (), "store"
             return Lookup.failed(len(keys), "store")
         if len(found) == len(names):
-            return Lookup([value for _, value in found])
-        by_name = dict(found)
-        return Lookup([by_name.get(name) for name in names])
+            values: list[bytes | None] = [value for _, value in found]
+        else:
+            values = list(map(dict(found).get, names))
+        place = np.empty_like(order)
+        place[order] = np.arange(len(order))
+        return Lookup(list(map(values.__getitem__, place.tolist())))
 
     def generation(self) -> str | None:
         """The one that is read."""

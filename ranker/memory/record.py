@@ -89,15 +89,16 @@ def size_of(dtype: Dtype, values: int, exact: int = 0) -> int:
 
 @lru_cache(maxsize=256)
 def _factors(words: int) -> U64:
-    """K_1 … K_{W-1}."""
-    return mix(np.arange(1, words, dtype=np.uint64) * np.uint64(GAMMA)) | np.uint64(1)
+    """K_1 … K_{W-1} after a 0."""
+    factors = mix(np.arange(words, dtype=np.uint64) * np.uint64(GAMMA)) | np.uint64(1)
+    factors[0] = 0
+    return factors
 
 
 def checksums(words: U64) -> U64:
     """Of records of W words each, `[U, W]`: `[U]`. The first word counts for nothing."""
-    rest = words[:, 1:]
-    mixed = rest >> np.uint64(32)
-    mixed ^= rest
+    mixed = words >> np.uint64(32)
+    mixed ^= words
     return mixed @ _factors(words.shape[1]) + np.uint64(words.shape[1] * GAMMA & _ALL)
 
 
