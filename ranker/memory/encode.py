@@ -121,7 +121,8 @@ def _packed(values: Floats, dtype: Dtype) -> tuple[Bytes, int]:
     blocks = padded.reshape(rows, -1, SCALED)
     wanted = np.abs(blocks).max(2, initial=0) / np.float32(127)
     scale = wanted.clip(max=_LARGEST).astype(np.float16)
-    scale = np.where(scale < wanted.clip(max=_LARGEST), np.nextafter(scale, np.float16(np.inf)), scale)
+    up = np.nextafter(scale, np.where(scale < _LARGEST, np.float16(np.inf), scale))
+    scale = np.where(scale < wanted.clip(max=_LARGEST), up, scale)
     divisor = np.where(scale == 0, np.float32(1), scale.astype(np.float32))[:, :, None]
     quotients = np.rint(blocks / divisor)
     beyond = int((np.abs(quotients) > 127).sum())
