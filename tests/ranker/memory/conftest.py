@@ -47,3 +47,12 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         "cluster": lambda: f"redis+cluster://127.0.0.1:{request.getfixturevalue('cluster')[0].port}#{name}",
     }
     return kinds[request.param]()
+
+
+@pytest.fixture
+def own_cluster(tmp_path: Path) -> Generator[list[RedisServer]]:
+    """A cluster that the test may change."""
+    if SERVER is None or CLI is None:
+        pytest.skip("no redis-server or redis-cli on this machine")
+    with redis_cluster(tmp_path / "cluster") as nodes:
+        yield nodes
