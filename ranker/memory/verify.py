@@ -56,7 +56,7 @@ def verify(store: MemoryStore, generation: Generation, sample: int | None = None
     records = store.records(generation.name)
     total, other_dtype, examples = np.zeros(len(Outcomes._fields), np.int64), 0, list[int]()
     sizes: Counter[int] = Counter()
-    oldest, newest, whole = 2**63 - 1, -(2**63), False
+    oldest, newest = 2**63 - 1, -(2**63)
     left = 2**63 - 1 if sample is None else sample
     while left > 0:
         batch = list(islice(records, min(BATCH, left)))
@@ -66,15 +66,15 @@ def verify(store: MemoryStore, generation: Generation, sample: int | None = None
         values = [value for _, value in batch]
         headers = _headers(values)
         # a record's own fingerprint: whether it is the asked user's, only a reader can tell
-        found = decode(values, (headers[:, 1] >> np.uint64(32)).astype(np.uint32), generation.versions)
-        total += found.outcomes
-        if found.outcomes.found < len(batch) and len(examples) < EXAMPLES:
-            bad = (key for key, value in batch if not _sound(value, generation))
-            examples += islice(bad, EXAMPLES - len(examples))
-        dtype = (headers[:, 1] >> np.uint64(24)) & np.uint64(0xFF)
-        sound = headers[:, 0] != 0
-        other_dtype += int(np.count_nonzero(sound & (dtype != DTYPES.index(generation.dtype))))
-        as_of: I64 = headers[:, 4].view(np.int64)[sound]
+        found = decode(values, (headers[:, 1] >> np.uint64(32)).astype(np.uint32), generation.versions).outcomes
+        total += found
+        if found.found < len(batch):
+            good = np.array([_sound(value, generation) for value in values])
+            headers = headers[good]
+            examples += [batch[i][0] for i in np.flatnonzero(~good)[: EXAMPLES - len(examples)].tolist()]
+        dtype = headers[:, 1] >> np.uint64(24) & np.uint64(0xFF)
+        other_dtype += int(np.count_nonzero(dtype != DTYPES.index(generation.dtype)))
+        as_of: I64 = headers[:, 4].view(np.int64)
         if len(as_of):
             oldest, newest = min(oldest, int(as_of.min())), max(newest, int(as_of.max()))
         sizes.update(map(len, values))
