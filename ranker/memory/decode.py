@@ -67,9 +67,9 @@ def decode(found: Sequence[bytes | None], fingerprints: U32, versions: MemoryVer
         if versions is not None:
             current = whole & (words[:, 2] == np.uint64(versions.model)) & (words[:, 3] == np.uint64(versions.codebook))
         own = current & (words[:, 1] >> np.uint64(32) == fingerprints[rows])
-        sound, recent, mine = (int(np.count_nonzero(are)) for are in (whole, current, own))
-        old, collision = old + sound - recent, collision + recent - mine
-        if mine < len(rows):
+        if (mine := int(np.count_nonzero(own))) < len(rows):
+            sound, recent = int(np.count_nonzero(whole)), int(np.count_nonzero(current))
+            old, collision = old + sound - recent, collision + recent - mine
             rows, words = rows[own], words[own]
         parts += _by_kind(rows, words)
     good = sum(len(part.rows) for part in parts)
@@ -79,19 +79,18 @@ def decode(found: Sequence[bytes | None], fingerprints: U32, versions: MemoryVer
 
 def _by_size(found: Sequence[bytes | None]) -> Generator[tuple[I64, int, bytearray]]:
     """Places of the records of one size, that size, and their bytes one after another."""
-    rows = np.arange(len(found))
-    present = [value for value in found if value is not None]
-    if len(present) < len(found):
+    rows, present = np.arange(len(found)), found
+    if None in found:
         rows = np.flatnonzero([value is not None for value in found])
-    sizes = list(map(len, present))
-    distinct = set(sizes)
+        present = [value for value in found if value is not None]
+    distinct = set(map(len, present))  # type: ignore[arg-type]
     if len(distinct) == 1:
-        yield rows, distinct.pop(), bytearray().join(present)
+        yield rows, distinct.pop(), bytearray().join(present)  # type: ignore[arg-type]
         return
-    of_record = np.array(sizes, np.int64)
+    of_record = np.array(list(map(len, present)), np.int64)  # type: ignore[arg-type]
     for size in sorted(distinct):
         alike = np.flatnonzero(of_record == size)
-        yield rows[alike], size, bytearray().join([present[i] for i in alike.tolist()])
+        yield rows[alike], size, bytearray().join([present[i] for i in alike.tolist()])  # type: ignore[misc]
 
 
 def _by_kind(rows: I64, words: U64) -> Generator[_Part]:

@@ -89,6 +89,10 @@ def mix32(x: U32) -> U32:
     return x
 
 
+_MIXED = mix32(np.arange(1 << 14, dtype=np.uint32)).astype(np.uint64)
+"""of the codes that most codebooks have: one look-up for eight operations on small arrays, where each costs alike"""
+
+
 def keys_of(users: U64, block: int, request: I64, code: I64) -> Keys:
     """Keys of the records of one block.
 
@@ -98,14 +102,21 @@ def keys_of(users: U64, block: int, request: I64, code: I64) -> Keys:
         request: `[U]`, each record's user, as a row of `users`.
         code: `[U]`, of its probe.
     """
-    step = np.uint64((block + 1) * GAMMA & _ALL)
-    seeds = mix(users + step)  # [R, 2]
+    seeds = mix(users + np.uint64((block + 1) * GAMMA & _ALL))  # [R, 2]
     of_record = seeds[0] if len(seeds) == 1 else seeds[request].T  # most requests are of one user
     codes = np.ascontiguousarray(code, np.int64).view(np.uint64)
-    low = codes.astype(np.uint32)
-    if len(codes) and int(codes.max()) >> 32:
-        low ^= mix32((codes >> np.uint64(32)).astype(np.uint32))  # mix32(0) is 0
-    return Keys(of_record[0] ^ mix32(low), ((of_record[1] + codes * _GAMMA) >> np.uint64(32)).astype(np.uint32))
+    greatest = int(codes.max()) if len(codes) else 0
+    if greatest < len(_MIXED):
+        mixed = _MIXED[codes]
+    else:
+        low = codes.astype(np.uint32)
+        if greatest >> 32:
+            low ^= mix32((codes >> np.uint64(32)).astype(np.uint32))  # mix32(0) is 0
+        mixed = mix32(low).astype(np.uint64)
+    prints = codes * _GAMMA
+    prints += of_record[1]
+    prints >>= np.uint64(32)
+    return Keys(of_record[0] ^ mixed, prints.astype(np.uint32))
 
 
 def user_keys(users: U64, block: int) -> Keys:

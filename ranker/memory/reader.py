@@ -55,7 +55,11 @@ class MemoryReader:
         for block, per in blocks.items():
             if block < 0 or per not in ("request", "probe"):
                 raise ValueError(f"block {block}: {per!r}; must be a number in model.long, with 'request' or 'probe'")
-        for name, value in (("deadline_ms", deadline_ms), ("check_every_s", check_every_s), ("retry", retry_after_s)):
+        for name, value in (
+            ("deadline_ms", deadline_ms),
+            ("check_every_s", check_every_s),
+            ("retry_after_s", retry_after_s),
+        ):
             if not value > 0:
                 raise ValueError(f"{name}: {value}; must be greater than 0")
         self._blocks, self._versions, self._deadline_ms = dict(sorted(blocks.items())), versions, deadline_ms

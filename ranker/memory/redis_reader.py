@@ -99,9 +99,13 @@ class RedisReader:
         asks = self._question(deadline)
         rows = np.arange(len(keys))
         for fresh in (False, True):
-            for address, some in self._groups(keys, rows, deadline):
-                command = b"*%d\r\n$4\r\nMGET\r\n" % (len(some) + 1) + framed[some].tobytes()
-                asks[address].append((some, command))
+            try:
+                for address, some in self._groups(keys, rows, deadline):
+                    command = b"*%d\r\n$4\r\nMGET\r\n" % (len(some) + 1) + framed[some].tobytes()
+                    asks[address].append((some, command))
+            except _Lost as of_all:  # no server tells where the slots are; what was found before stays
+                reason = of_all.reason
+                break
             again: list[I64] = []
             answers = self._wires.exchange({to: [ask[1] for ask in of] for to, of in asks.items()}, deadline, fresh)
             for address, asked in asks.items():

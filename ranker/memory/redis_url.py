@@ -10,7 +10,7 @@ The braces are Redis' hash tag: a cluster keeps all records of one user and bloc
 from __future__ import annotations
 
 import ssl
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
@@ -30,14 +30,14 @@ _HEX = np.frombuffer(b"".join(b"%02x" % i for i in range(256)), np.uint8).reshap
 class RedisUrl:
     """client: the URL as redis-py reads it, of scheme redis or rediss."""
 
-    client: str
+    client: str = field(repr=False)
     namespace: str
     cluster: bool
     host: str
     port: int
     db: int = 0
     username: str | None = None
-    password: str | None = None
+    password: str | None = field(default=None, repr=False)
     tls: ssl.SSLContext | None = None
 
     @classmethod

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from ranker.memory.redis_url import RedisUrl
 
-RECEIVED_BYTES = 1 << 18
+RECEIVED_BYTES = 1 << 16
 Address = tuple[str, int]
 Reply = bytes | int | None | list["Reply"]
 

@@ -144,7 +144,8 @@ class MemoryStore(Protocol):
         ...
 
     def drop(self, name: str) -> None:
-        """Remove a generation that is not the current one."""
+        """Remove a generation that is not the current one. Readers that have not noticed the last switch yet lose
+        records of Redis till they do."""
         ...
 
     def size(self, name: str) -> Size:
@@ -179,7 +180,8 @@ def open_store(url: str) -> MemoryStore:
     Raises:
         StoreError: no such kind of store.
     """
-    scheme = url.partition(":")[0] if ":" in url else "lmdb"
+    kind = re.match(r"[a-z][a-z0-9+]*(?=:)", url)
+    scheme = kind[0] if kind else "lmdb"
     if scheme == "lmdb":
         from ranker.memory.lmdb_store import LmdbStore
 

@@ -69,19 +69,19 @@ def test_a_killed_writer_leaves_whole_units_and_can_be_gone_on_with(tmp_path: Pa
 def test_processes_write_one_generation_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Each of them grows the map, which the others take over."""
     url = f"lmdb:{tmp_path}"
-    monkeypatch.setattr(lmdb_store, "FIRST_MAP_BYTES", 1 << 20)
+    monkeypatch.setattr(lmdb_store, "FIRST_MAP_BYTES", 1 << 17)
     store = open_store(url)
     mine = store.begin(generation_of())
-    writers = [start("writing", url, "monday", 1_000 * (1 + i), 500, 2) for i in range(2)]
-    for user in range(0, 1_000, 100):
-        put(mine, range(user, user + 100))
+    writers = [start("writing", url, "monday", 300 * (1 + i), 150, 2) for i in range(2)]
+    for user in range(0, 300, 30):
+        put(mine, range(user, user + 30))
         mine.done(str(user))
     mine.close()
     for writer in writers:
         assert writer.wait(120) == 0
     assert len(store.done("monday")) == 10 + 4
     found = verify(store, generation_of())
-    assert (found.records, found.bad, found.overwritten) == (3_000 * CODES, 0, 0)
+    assert (found.records, found.bad, found.overwritten) == (900 * CODES, 0, 0)
 
 
 def test_the_map_grows_as_it_fills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -116,7 +116,7 @@ def test_a_killed_reader_keeps_no_pages(tmp_path: Path):
     )
     assert subprocess.run([sys.executable, "-c", dies_within_a_look_up], check=False).returncode == -signal.SIGKILL
     sizes: list[int] = []
-    for _ in range(40):
+    for _ in range(25):
         writer = store.begin(generation_of())
         put(writer, range(50), shift=1)
         writer.close()
