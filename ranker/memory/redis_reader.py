@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from typing import cast
 
 import numpy as np
 from redis.crc import key_slot
@@ -30,6 +31,38 @@ Asks = dict[Address, list[tuple[I64, bytes]]]
 class _Lost(Exception):
     def __init__(self, reason: Reason) -> None:
         self.reason: Reason = reason
+
+
+class _Found:
+    """What a look-up has found so far, all lost at first; the first failure is its reason."""
+
+    def __init__(self, count: int) -> None:
+        self._values: list[bytes | None] = [None] * count
+        self._lost = np.ones(count, np.bool_)
+        self._reason: Reason = ""
+
+    def put(self, rows: I64, reply: list[Reply]) -> None:
+        """The records of these rows, in their order."""
+        if len(reply) != len(rows):
+            self.fail("store")
+            return
+        values = cast("list[bytes | None]", reply)  # MGET gives nothing else
+        if len(rows) == len(self._values):  # a command for all rows has them in order
+            self._values = values
+        else:
+            for row, value in zip(rows.tolist(), values, strict=True):
+                self._values[row] = value
+        self._lost[rows] = False
+
+    def fail(self, reason: Reason) -> None:
+        """Some rows stay lost."""
+        self._reason = self._reason or reason
+
+    def result(self) -> Lookup:
+        """Rows that were asked again in vain are lost for want of a connection."""
+        return (
+            Lookup(self._values, self._lost, self._reason or "connection") if self._lost.any() else Lookup(self._values)
+        )
 
 
 class RedisReader:
@@ -92,47 +125,42 @@ class RedisReader:
     # ---- records
 
     def _looked_up(self, keys: U64, generation: str, deadline: float) -> Lookup:
+        found = _Found(len(keys))
         framed = _framed(self._url.prefix(generation), keys)
-        values: Sequence[bytes | None] = [None] * len(keys)
-        lost = np.ones(len(keys), np.bool_)
-        reason: Reason = ""
-        asks = self._question(deadline)
-        rows = np.arange(len(keys))
-        for fresh in (False, True):
+        asks, rows = self._question(deadline), np.arange(len(keys))
+        for fresh in (False, True):  # again where a connection had idled too long, or a slot has moved
             try:
                 for address, some in self._groups(keys, rows, deadline):
                     command = b"*%d\r\n$4\r\nMGET\r\n" % (len(some) + 1) + framed[some].tobytes()
                     asks[address].append((some, command))
-            except _Lost as of_all:  # no server tells where the slots are; what was found before stays
-                reason = of_all.reason
+            except _Lost as lost:  # no server tells where the slots are; what was found before stays
+                found.fail(lost.reason)
                 break
+            commands = {address: [command for _, command in asked] for address, asked in asks.items()}
             again: list[I64] = []
-            answers = self._wires.exchange({to: [ask[1] for ask in of] for to, of in asks.items()}, deadline, fresh)
-            for address, asked in asks.items():
-                answered = answers[address]
-                reason = reason or answered.failure
+            for address, answered in self._wires.exchange(commands, deadline, fresh).items():
+                if answered.failure:
+                    found.fail(answered.failure)
                 if answered.failure in ("timeout", "connection"):
                     self._slots = None  # another server may have taken its place
-                for i, (some, _) in enumerate(asked):
-                    reply = answered.replies[i] if i < len(answered.replies) else None
-                    if len(some) == 0 and isinstance(reply, bytes):
-                        self._learn(reply)
+                replies = [*answered.replies, *[None] * (len(asks[address]) - len(answered.replies))]
+                for (some, _), reply in zip(asks[address], replies, strict=True):
+                    if len(some) == 0:
+                        if isinstance(reply, bytes):
+                            self._learn(reply)
                     elif isinstance(reply, list):
-                        values = _placed(values, some, reply)
-                        lost[some] = False
+                        found.put(some, reply)
                     elif isinstance(reply, ReplyError) and str(reply).startswith(_MOVED):
                         self._slots = None
                         again.append(some)
+                    elif isinstance(reply, ReplyError):
+                        found.fail("store")
                     elif answered.stale:
                         again.append(some)
-                    elif isinstance(reply, ReplyError):
-                        reason = reason or "store"
             if not again:
                 break
             asks, rows = defaultdict(list), np.concatenate(again)
-        else:
-            reason = reason or "connection"
-        return Lookup(values, lost, reason) if lost.any() else Lookup(values)
+        return found.result()
 
     def _groups(self, keys: U64, rows: I64, deadline: float) -> Iterator[tuple[Address, I64]]:
         """Rows that one command may ask for, and its server."""
@@ -169,7 +197,7 @@ class RedisReader:
             except _Lost as lost:
                 reason = lost.reason
                 continue
-            if all(one[1] for one in slots):
+            if any(port for _, port in slots):
                 return slots
         raise _Lost(reason)
 
@@ -194,18 +222,6 @@ def _framed(prefix: bytes, keys: U64) -> np.ndarray[tuple[int, int], np.dtype[np
     rows[:, len(head) : -2] = names
     rows[:, -2:] = np.frombuffer(b"\r\n", np.uint8)
     return rows
-
-
-def _placed(values: Sequence[bytes | None], rows: I64, reply: list[Reply]) -> Sequence[bytes | None]:
-    """The answers in the rows that they belong to."""
-    if len(reply) != len(rows):
-        raise _Lost("store")
-    if len(rows) == len(values):
-        return reply  # type: ignore[return-value]  rows are then all, in order
-    placed = list(values)
-    for row, value in zip(rows.tolist(), reply, strict=True):
-        placed[row] = value if isinstance(value, bytes) else None
-    return placed
 
 
 def _slots_of(reply: Reply, asked: Address) -> list[Address]:
