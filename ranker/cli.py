@@ -18,7 +18,7 @@ from rich.table import Table
 
 from features.errors import UserError
 from features.schema import Split
-from ranker import cli_compare, cli_memory, cli_plan, cli_sids
+from ranker import cli_compare, cli_memory, cli_plan, cli_requests, cli_sids
 from ranker.doctor import ensure_healthy, ensure_versions
 from ranker.doctor_probe import probe_apart
 
@@ -39,6 +39,7 @@ app.add_typer(cli_memory.app, name="memory")
 app.command("compare")(cli_compare.compare)
 app.command("tune")(cli_compare.tune)
 app.command("plan")(cli_plan.plan)
+app.command("requests")(cli_requests.requests)
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; `ranker schema` lists its keys")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="folder made by `ranker train`")]
