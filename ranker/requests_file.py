@@ -1,10 +1,10 @@
 """`ranker requests RUN --split test --requests 100 --out FILE`: requests of a split as a server would send them.
 
-A server's team needs inputs to try its code on, and scores to compare its own with. The file is safetensors, which every
-language reads without PyTorch or Python: 8 bytes of header length, a JSON header, the numbers. Its tensors are named
-``REQUEST/MODEL/INPUT``, or ``REQUEST/MODEL/INPUT/KEY`` where an input is a dictionary: ``17/ranker/candidate_values`` is
-what request 17 gives to the exported ``ranker.pt`` as ``candidate_values``. ``17/expected`` ``[N, tasks]`` are the
-trainer's scores of its candidates.
+A server's team needs inputs to try its code on, and scores to compare its own with. The file is safetensors, which
+every language reads without PyTorch or Python: 8 bytes of header length, a JSON header, the numbers. Its tensors are
+named ``REQUEST/MODEL/INPUT``, or ``REQUEST/MODEL/INPUT/KEY`` where an input is a dictionary:
+``17/ranker/candidate_values`` is what request 17 gives to the exported ``ranker.pt`` as ``candidate_values``.
+``17/expected`` ``[N, tasks]`` are the trainer's scores of its candidates.
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ class JsonParser {
     if (point < 0x80) return {static_cast<char>(point)};
     std::string bytes;
     int rest = point < 0x800 ? 1 : point < 0x10000 ? 2 : 3;
-    bytes += static_cast<char>((0xF00 >> rest & 0xFF) | point >> 6 * rest);
+    bytes += static_cast<char>((0xFF00 >> (rest + 1) & 0xFF) | point >> 6 * rest);
     while (rest-- > 0) bytes += static_cast<char>(0x80 | (point >> 6 * rest & 0x3F));
     return bytes;
   }

@@ -7,7 +7,6 @@
 #include <filesystem>
 #include <map>
 #include <optional>
-#include <set>
 #include <string>
 #include <vector>
 
@@ -80,9 +79,9 @@ class Model {
       throw Failure(Exit::kInputs, where + ": nothing for " + name_ + " (" + path_ + ")");
     }
     std::string wrong;
-    std::set<std::string> read;
+    std::map<std::string, bool> read;  // and whether as a dictionary
     for (const auto& [name, dictionary] : arguments_) {
-      read.insert(name);
+      read[name] = dictionary;
       const auto tensor = given->second.tensors.find(name);
       if (tensor == given->second.tensors.end()) {
         if (!dictionary) wrong += "\n  " + name + ": missing";
@@ -96,7 +95,12 @@ class Model {
       if (!read.contains(name)) wrong += "\n  " + name + ": the model has no such input";
     }
     for (const auto& [name, entries] : given->second.dictionaries) {
-      if (!read.contains(name)) wrong += "\n  " + name + ": the model has no such input";
+      const auto found = read.find(name);
+      if (found == read.end()) {
+        wrong += "\n  " + name + ": the model has no such input";
+      } else if (!found->second) {
+        wrong += "\n  " + name + ": a dictionary, and the model reads a tensor";
+      }
     }
     if (!wrong.empty()) throw Failure(Exit::kInputs, where + " does not fit " + path_ + ":" + wrong);
   }

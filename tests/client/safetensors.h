@@ -63,7 +63,7 @@ inline at::Tensor tensor_of(const Json& entry, std::string_view data, const std:
   const int64_t begin = count_of(offsets[0], what + ": data_offsets");
   const int64_t end = count_of(offsets[1], what + ": data_offsets");
   if (begin > end || end > static_cast<int64_t>(data.size()) || bytes != static_cast<double>(end - begin)) {
-    throw Failure(Exit::kFile, what + ": the file does not have the bytes that its header tells: damaged or cut off");
+    throw Failure(Exit::kFile, what + ": the file does not have the bytes that its header tells: cut off");
   }
   at::Tensor tensor = at::empty(shape, dtype);
   // an empty tensor may have no memory at all

@@ -60,7 +60,19 @@ def manifest() -> Manifest:
 def test_help_names_every_command(run):
     code, out, _ = run("--help")
     assert code == 0
-    for command in ("doctor", "prepare", "train", "evaluate", "export", "runs", "compare", "tune", "plan", "schema"):
+    for command in (
+        "doctor",
+        "prepare",
+        "train",
+        "evaluate",
+        "export",
+        "runs",
+        "compare",
+        "tune",
+        "plan",
+        "requests",
+        "schema",
+    ):
         assert command in out
 
 
@@ -128,6 +140,15 @@ def test_evaluate_and_export_pass_their_arguments(run, stub):
         (*exported[:2], 500),
     ]
     assert run("evaluate", "r", "--split", "tset")[0] == 2
+
+
+def test_requests_passes_its_arguments(run, stub):
+    given: list[object] = []
+    stub("ranker.requests_file", "write_requests", lambda *arguments: given.append(arguments))
+    assert run("requests", "r", "--out", "o")[0] == 0
+    assert run("requests", "r", "--out", "o", "--split", "valid", "--requests", "7")[0] == 0
+    assert given == [(Path("r"), "test", 100, Path("o")), (Path("r"), "valid", 7, Path("o"))]
+    assert run("requests", "r", "--out", "o", "--requests", "0")[0] == 2
 
 
 def test_train_passes_overrides_and_resume(run, stub, tmp_path: Path):
