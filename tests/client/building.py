@@ -6,14 +6,21 @@ import importlib.util
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 SOURCES = Path(__file__).parent
 WANTED = ("cmake", "g++", "make")
-# those with the operators that exports call, in the order they are loaded; what they need besides is found beside them
-OPERATORS = ("fbgemm_gpu_tbe_inference.so", "fbgemm_gpu_py.so")
+# the libraries with the operators that exports call, in any order; what they need besides they find beside them
+FLOAT = ("fbgemm_gpu_py.so",)
+INT8 = (
+    "fbgemm_gpu_tbe_cache.so",
+    "fbgemm_gpu_tbe_inference.so",
+    "fbgemm_gpu_tbe_training_backward_pt2.so",
+    "fbgemm_gpu_py.so",
+)
 
 
 def why_not() -> str | None:
@@ -41,10 +48,10 @@ def build(folder: Path) -> Path:
     return folder / "ranker_client"
 
 
-def operator_options() -> list[str]:
+def operator_options(libraries: Sequence[str]) -> list[str]:
     """The client's options that load FBGEMM's operators from the installed wheel."""
     package = importlib.util.find_spec("fbgemm_gpu")
     assert package is not None
     assert package.submodule_search_locations is not None
     folder = Path(package.submodule_search_locations[0])
-    return [option for name in OPERATORS for option in ("--fbgemm", str(folder / name))]
+    return [option for name in libraries for option in ("--fbgemm", str(folder / name))]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,7 @@ import pytest
 from ranker.export import export
 from ranker.requests_file import write_requests
 from ranker.training.trainer import train
-from tests.client.building import build, operator_options, why_not
+from tests.client.building import FLOAT, build, operator_options, why_not
 from tests.ranker.block_configs import ALL
 from tests.ranker.conftest import ConfigOf, Once, coded, config_file, config_of, dataset, once, trained
 
@@ -30,10 +30,10 @@ def program(once: Once) -> Path:
 
 @pytest.fixture(scope="session")
 def client(program: Path) -> Client:
-    """Run the client on some arguments, with FBGEMM's operators unless `alone`."""
+    """Run the client on some arguments, with the operators of some of FBGEMM's libraries."""
 
-    def client(*arguments: str | Path, alone: bool = False) -> subprocess.CompletedProcess[str]:
-        command = [program, *arguments, *([] if alone else operator_options())]
+    def client(*arguments: str | Path, libraries: Sequence[str] = FLOAT) -> subprocess.CompletedProcess[str]:
+        command = [program, *arguments, *operator_options(libraries)]
         return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
     return client

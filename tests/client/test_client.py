@@ -79,7 +79,7 @@ def test_latency_of_repeated_requests(client: Client, exports: dict[str, Path], 
 
 
 def test_a_model_that_needs_fbgemm_says_so(client: Client, exports: dict[str, Path], requests: dict[str, Path]):
-    done = client(exports["small"] / "ranker.pt", requests["small"], alone=True)
+    done = client(exports["small"] / "ranker.pt", requests["small"], libraries=())
     assert done.returncode == MODEL
     assert done.stdout == ""
     needed = r"needs fbgemm::\w+, which no library has brought: give FBGEMM's by --fbgemm LIB\n"
@@ -219,7 +219,7 @@ def test_a_model_or_library_that_does_not_load_is_told(
     done = client(tmp_path / "model.pt", requests["small"])
     assert done.returncode == MODEL
     assert done.stderr.startswith(f"error: {tmp_path}/model.pt: does not load: ")
-    done = client(exports["small"] / "ranker.pt", requests["small"], "--fbgemm", tmp_path / "model.pt", alone=True)
+    done = client(exports["small"] / "ranker.pt", requests["small"], "--fbgemm", tmp_path / "model.pt", libraries=())
     assert done.returncode == MODEL
     assert done.stderr.startswith(f"error: --fbgemm {tmp_path}/model.pt: does not load: ")
 
@@ -256,6 +256,6 @@ def test_the_manifest_is_read_whatever_is_in_it(
     ],
 )
 def test_the_command_line_is_checked(client: Client, arguments: list[str], message: str):
-    done = client(*arguments, alone=True)
+    done = client(*arguments, libraries=())
     assert done.returncode == USAGE
     assert_message(done.stderr, f"error: {message}\n")
