@@ -4,7 +4,8 @@ A server's team needs inputs to try its code on, and scores to compare its own w
 every language reads without PyTorch or Python: 8 bytes of header length, a JSON header, the numbers. Its tensors are
 named ``REQUEST/MODEL/INPUT``, or ``REQUEST/MODEL/INPUT/KEY`` where an input is a dictionary:
 ``17/ranker/candidate_values`` is what request 17 gives to the exported ``ranker.pt`` as ``candidate_values``.
-``17/expected`` ``[N, tasks]`` are the trainer's scores of its candidates.
+``17/expected`` ``[N, tasks]`` are the trainer's scores of its candidates. Of ``candidate_ranker``'s memory the file
+has only what the request tells, each candidate's record: the rest is what ``user_encoder`` returns, or a store keeps.
 """
 
 from __future__ import annotations
@@ -19,13 +20,23 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from features.batch import RequestBatch
 from features.errors import UserError
 from features.progress import log
 from features.schema import Split
-from features.selection import resolve
+from features.selection import FeatureSpec, resolve
+from ranker.config import TrainConfig
 from ranker.evaluate import restore
 from ranker.evaluation.predict import scoring_loader, selection_of
-from ranker.export import inputs_of
+from ranker.export import (
+    encoder_inputs_of,
+    inputs_of,
+    no_pair_because,
+    probes_of,
+    ranker_inputs_of,
+    short_length_of,
+    stored_blocks,
+)
 from ranker.ranks import join_ranks
 from ranker.run import Run
 from ranker.towers import esmm_probabilities
@@ -65,6 +76,16 @@ def save_requests(examples: Sequence[Example], out: Path) -> None:
         aside.unlink(missing_ok=True)
 
 
+def models_of(batch: RequestBatch, spec: FeatureSpec, config: TrainConfig) -> dict[str, Inputs]:
+    """What a batch gives to each exported model; to the whole ranker alone where there is no pair."""
+    whole: dict[str, Inputs] = {"ranker": inputs_of(batch)}
+    if no_pair_because(config):
+        return whole
+    probes, records = probes_of(batch, stored_blocks(config, spec))
+    own = ranker_inputs_of(batch, spec, short_length_of(config))
+    return whole | {"user_encoder": encoder_inputs_of(batch, probes), "candidate_ranker": own | {"memory": records}}
+
+
 def write_requests(run_root: Path, split: Split, requests: int, out: Path) -> int:
     """The first `requests` requests of a split in the dataset's order; how many there were.
 
@@ -78,7 +99,8 @@ def write_requests(run_root: Path, split: Split, requests: int, out: Path) -> in
     if split not in dataset.manifest.filled_splits():
         raise UserError(f"--split {split}: not in {dataset.root}; it has {', '.join(dataset.manifest.filled_splits())}")
     one_by_one = config.model_copy(update={"loader": config.loader.model_copy(update={"requests": 1, "workers": 0})})
-    selection = selection_of(config, dataset, resolve(config.features, dataset.manifest))
+    spec = resolve(config.features, dataset.manifest)
+    selection = selection_of(config, dataset, spec)
     examples: list[Example] = []
     out.parent.mkdir(parents=True, exist_ok=True)
     with join_ranks("cpu", config.training.threads) as ranks:
@@ -87,7 +109,7 @@ def write_requests(run_root: Path, split: Split, requests: int, out: Path) -> in
         with torch.no_grad():
             for batch in islice(batches, requests):
                 expected = esmm_probabilities(trained(batch).logits)
-                examples.append(Example({"ranker": inputs_of(batch)}, expected))
+                examples.append(Example(models_of(batch, spec, config), expected))
     save_requests(examples, out)
     log(f"{len(examples):,} {split} requests, {sum(len(e.expected) for e in examples):,} candidates in {out}")
     return len(examples)

@@ -7,6 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from ranker.export import export
 from ranker.requests_file import write_requests
@@ -18,6 +21,8 @@ from tests.ranker.conftest import ConfigOf, Once, coded, config_file, config_of,
 __all__ = ["coded", "config_file", "config_of", "dataset", "once", "trained"]
 
 Client = Callable[..., "subprocess.CompletedProcess[str]"]
+Change = Callable[[dict[str, Tensor]], object]
+Changed = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
@@ -68,3 +73,17 @@ def requests(once: Once, runs: dict[str, Path]) -> dict[str, Path]:
     return {
         name: once(of[name], lambda out, run=run: write_requests(run, "test", 12, out)) for name, run in runs.items()
     }
+
+
+@pytest.fixture
+def changed(requests: dict[str, Path], tmp_path: Path) -> Changed:
+    """A model's request file after a change of its tensors."""
+
+    def changed(change: Change, model: str = "small") -> Path:
+        tensors = load_file(requests[model])
+        change(tensors)
+        with safe_open(requests[model], "pt") as file:
+            save_file(tensors, tmp_path / "requests", file.metadata())
+        return tmp_path / "requests"
+
+    return changed

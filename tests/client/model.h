@@ -6,8 +6,9 @@
 
 #include <filesystem>
 #include <map>
-#include <optional>
+#include <set>
 #include <string>
+#include <variant>
 #include <vector>
 
 #include "failure.h"
@@ -23,24 +24,14 @@ inline void load_operators(const std::string& library) {
   }
 }
 
-// What an export's manifest says of an input, which TorchScript does not know.
-struct Expected {
-  std::string dtype;
-  int64_t dims;
-};
-
-// The inputs of `model` by name, from the manifest.json beside it; nothing where there is none.
-inline std::map<std::string, Expected> expected_inputs(const std::string& path) {
-  const auto manifest = std::filesystem::path(path).parent_path() / "manifest.json";
+// What an export's manifest says of a file, which TorchScript does not know: of each input and of each record type and
+// dimensions; a dictionary's stand one level deeper. Null where no manifest.json beside the file describes it.
+inline Json described(const std::string& path) {
+  const std::filesystem::path model(path);
+  const std::string manifest = (model.parent_path() / "manifest.json").string();
   if (!std::filesystem::exists(manifest)) return {};
-  const std::string file = manifest.string(), text = read_bytes(file);
-  const Json all = JsonParser(text, file).parse();
-  std::map<std::string, Expected> inputs;
-  for (const auto& [name, input] : all["inputs"].as<Json::Object>(file + ": inputs")) {
-    const std::string what = file + ": inputs." + name;
-    inputs[name] = {input["dtype"].as<std::string>(what), count_of(input["dims"], what)};
-  }
-  return inputs;
+  const std::string text = read_bytes(manifest);
+  return JsonParser(text, manifest).parse()["files"][model.filename().string()];
 }
 
 inline std::string dtype_name(at::ScalarType type) {
@@ -55,7 +46,7 @@ class Model {
  public:
   // `name`: what the request file calls it.
   Model(const std::string& path, std::string name) : path_(path), name_(std::move(name)), module_(loaded(path)) {
-    expected_ = expected_inputs(path);
+    described_ = described(path);
     const auto& schema = module_.get_method("forward").function().getSchema();
     for (size_t i = 1; i < schema.arguments().size(); ++i) {  // 0 is the module
       const auto& argument = schema.arguments()[i];
@@ -70,38 +61,44 @@ class Model {
 
   const std::string& path() const { return path_; }
   const std::string& name() const { return name_; }
-  bool knows_dtypes() const { return !expected_.empty(); }
+  bool has_manifest() const { return !std::holds_alternative<std::nullptr_t>(described_.value); }
 
-  // Fails, with all that is wrong in one message, unless a request gives what the model reads.
-  void check(const Request& request, const std::string& where) const {
+  // Names of what it returns, if that is a dictionary.
+  std::set<std::string> returned() const {
+    std::set<std::string> names;
+    if (const auto* outputs = std::get_if<Json::Object>(&described_["outputs"].value)) {
+      for (const auto& [name, _] : *outputs) names.insert(name);
+    }
+    return names;
+  }
+
+  // Fails, with all that is wrong in one message, unless a request gives what the model reads. `added`: entries that
+  // dictionaries get besides.
+  void check(const Request& request, const std::string& where, const std::set<std::string>& added) const {
     const auto given = request.models.find(name_);
     if (given == request.models.end()) {
       throw Failure(Exit::kInputs, where + ": nothing for " + name_ + " (" + path_ + ")");
     }
     std::string wrong;
-    std::map<std::string, bool> read;  // and whether as a dictionary
+    const auto& [tensors, dictionaries] = given->second;
+    std::set<std::string> read;
     for (const auto& [name, dictionary] : arguments_) {
-      read[name] = dictionary;
-      const auto tensor = given->second.tensors.find(name);
-      if (tensor == given->second.tensors.end()) {
-        if (!dictionary) wrong += "\n  " + name + ": missing";
-      } else if (dictionary) {
+      read.insert(name);
+      if (tensors.contains(name) && dictionary) {
         wrong += "\n  " + name + ": a tensor, and the model reads a dictionary of tensors";
-      } else {
-        wrong += misfit(name, tensor->second);
-      }
-    }
-    for (const auto& [name, tensor] : given->second.tensors) {
-      if (!read.contains(name)) wrong += "\n  " + name + ": the model has no such input";
-    }
-    for (const auto& [name, entries] : given->second.dictionaries) {
-      const auto found = read.find(name);
-      if (found == read.end()) {
-        wrong += "\n  " + name + ": the model has no such input";
-      } else if (!found->second) {
+      } else if (dictionaries.contains(name) && !dictionary) {
         wrong += "\n  " + name + ": a dictionary, and the model reads a tensor";
+      } else if (dictionary) {
+        static const Named kNone;  // a file has no trace of a dictionary without entries
+        const auto found = dictionaries.find(name);
+        wrong += misfits(name, found == dictionaries.end() ? kNone : found->second, added);
+      } else {
+        const auto found = tensors.find(name);
+        wrong += found == tensors.end() ? missing(name) : misfit(name, found->second, described_["inputs"][name]);
       }
     }
+    for (const auto& [name, _] : tensors) wrong += read.contains(name) ? "" : unknown(name);
+    for (const auto& [name, _] : dictionaries) wrong += read.contains(name) ? "" : unknown(name);
     if (!wrong.empty()) throw Failure(Exit::kInputs, where + " does not fit " + path_ + ":" + wrong);
   }
 
@@ -117,7 +114,7 @@ class Model {
       c10::Dict<std::string, at::Tensor> entries;
       for (const auto* source : {&inputs.dictionaries, &added}) {
         const auto found = source->find(name);
-        if (found == source->end()) continue;  // a file has no trace of a dictionary without entries
+        if (found == source->end()) continue;
         for (const auto& [key, tensor] : found->second) entries.insert(key, tensor);
       }
       values.emplace_back(std::move(entries));
@@ -151,18 +148,38 @@ class Model {
     }
   }
 
+  static std::string missing(const std::string& name) { return "\n  " + name + ": missing"; }
+  static std::string unknown(const std::string& name) { return "\n  " + name + ": the model has no such input"; }
+
   // A line that tells of another dtype or number of dimensions than the manifest's; nothing if they are its.
-  std::string misfit(const std::string& name, const at::Tensor& tensor) const {
-    const auto found = expected_.find(name);
-    if (found == expected_.end()) return "";
-    const std::string dtype = dtype_name(tensor.scalar_type());
-    if (dtype == found->second.dtype && tensor.dim() == found->second.dims) return "";
-    return "\n  " + name + ": " + dtype + " of " + std::to_string(tensor.dim()) + " dimensions, and the model reads " +
-           found->second.dtype + " of " + std::to_string(found->second.dims);
+  static std::string misfit(const std::string& name, const at::Tensor& tensor, const Json& described) {
+    const auto* dtype = std::get_if<std::string>(&described["dtype"].value);
+    const auto* dims = std::get_if<double>(&described["dims"].value);
+    if (dtype == nullptr || dims == nullptr) return "";
+    const std::string own = dtype_name(tensor.scalar_type());
+    if (own == *dtype && static_cast<double>(tensor.dim()) == *dims) return "";
+    return "\n  " + name + ": " + own + " of " + std::to_string(tensor.dim()) + " dimensions, and the model reads " +
+           *dtype + " of " + std::to_string(static_cast<int64_t>(*dims));
+  }
+
+  // The same for each entry of a dictionary.
+  std::string misfits(const std::string& name, const Named& entries, const std::set<std::string>& added) const {
+    const auto* wanted = std::get_if<Json::Object>(&described_["inputs"][name].value);
+    if (wanted == nullptr) return "";
+    std::string wrong;
+    for (const auto& [key, tensor] : entries) {
+      const std::string entry = name + "/" + key;
+      const auto found = wanted->find(key);
+      wrong += found == wanted->end() ? unknown(entry) : misfit(entry, tensor, found->second);
+    }
+    for (const auto& [key, _] : *wanted) {
+      if (!entries.contains(key) && !added.contains(key)) wrong += missing(name + "/" + key);
+    }
+    return wrong;
   }
 
   std::string path_, name_;
   torch::jit::Module module_;
-  std::map<std::string, Expected> expected_;
+  Json described_;
   std::vector<Argument> arguments_;
 };

@@ -14,6 +14,7 @@
 
 #include <ATen/Parallel.h>
 #include <c10/core/InferenceMode.h>
+#include <malloc.h>
 
 #include <algorithm>
 #include <charconv>
@@ -23,6 +24,7 @@
 #include <exception>
 #include <map>
 #include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -133,15 +135,19 @@ class Scorer {
     }
     for (const Model& model : models_) {
       watches_.emplace_back(model.name());
-      if (!model.knows_dtypes()) {
-        std::fprintf(stderr, "no manifest.json beside %s: dtypes are not checked\n", model.path().c_str());
+      if (!model.has_manifest()) {
+        std::fprintf(stderr, "no manifest.json beside %s describes it: dtypes are not checked\n", model.path().c_str());
       }
     }
   }
 
   void check(const std::vector<Request>& requests, const std::string& file) const {
     for (size_t i = 0; i < requests.size(); ++i) {
-      for (const Model& model : models_) model.check(requests[i], file + ": request " + std::to_string(i));
+      std::set<std::string> added;
+      for (const Model& model : models_) {
+        model.check(requests[i], file + ": request " + std::to_string(i), added);
+        added = model.returned();
+      }
     }
   }
 
@@ -175,6 +181,16 @@ class Scorer {
   std::vector<Model> models_;
   std::vector<Stopwatch> watches_;
 };
+
+// Let glibc hand freed memory out again instead of returning it to the system: a request's tensors are of the sizes of
+// the request before, and pages that come anew can cost more than what is written to them. Other allocators do so anyway.
+void keep_freed_memory() {
+#ifdef __GLIBC__
+  mallopt(M_MMAP_MAX, 0);
+  mallopt(M_TRIM_THRESHOLD, -1);
+  mallopt(M_TOP_PAD, 64 << 20);
+#endif
+}
 
 at::Tensor scored(Scorer& scorer, const Request& request, size_t number) {
   try {
@@ -245,6 +261,7 @@ void run(const Options& options) {
 }  // namespace
 
 int main(int count, char** arguments) {
+  keep_freed_memory();
   try {
     run(parse({arguments + 1, arguments + count}));
     return 0;

@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.client.conftest import Client
-
-FILE, MODEL, INPUTS, SCORING, SCORES, USAGE = 3, 4, 5, 6, 7, 2
-Change = Callable[[dict[str, Tensor]], object]
+from tests.client.conftest import Changed, Client
+from tests.client.outcomes import Exit, assert_message, pair_in
 
 
-def requests_in(path: Path) -> list[dict[str, Tensor]]:
-    """What each request of a file gives to the whole ranker."""
+def requests_in(path: Path, model: str) -> list[dict[str, Any]]:
+    """What each request of a file gives to one model, by input; of a dictionary, by its key."""
     tensors = load_file(path)
-    count = 1 + max(int(name.split("/")[0]) for name in tensors)
-    given: list[dict[str, Tensor]] = [{} for _ in range(count)]
+    given: list[dict[str, Any]] = [{} for _ in range(1 + max(int(name.split("/")[0]) for name in tensors))]
     for name, tensor in tensors.items():
         number, *rest = name.split("/")
-        if rest[0] == "ranker":
+        if rest[0] == model and len(rest) == 2:
             given[int(number)][rest[1]] = tensor
+        elif rest[0] == model:
+            given[int(number)].setdefault(rest[1], {})[rest[2]] = tensor
     return given
 
 
@@ -54,12 +52,38 @@ def test_scores_are_pythons_bit_for_bit(
     assert "greatest difference from 12 requests' expected scores: " in done.stderr  # the trainer's
     loaded = torch.jit.load(str(exports[model] / "ranker.pt"))
     with torch.no_grad():
-        expected = [loaded(**inputs).numpy() for inputs in requests_in(requests[model])]
+        expected = [loaded(**inputs).numpy() for inputs in requests_in(requests[model], "ranker")]
     found = printed(done.stdout)
+    assert_equal(found, expected)
+    assert np.concatenate(found).std(0).min() > 1e-3  # there is something to tell apart
+
+
+def assert_equal(found: list[np.ndarray], expected: list[np.ndarray]) -> None:
+    """To the last bit."""
     assert len(found) == len(expected) == 12
     for ours, pythons in zip(found, expected, strict=True):
         assert np.array_equal(ours, pythons)
-    assert np.concatenate(found).std(0).min() > 1e-3  # there is something to tell apart
+
+
+@pytest.mark.parametrize("model", ["small", "three blocks"])
+def test_a_pairs_scores_are_pythons_bit_for_bit(
+    client: Client, exports: dict[str, Path], requests: dict[str, Path], model: str
+):
+    done = client(*pair_in(exports[model]), requests[model], "--tolerance", "1e-5", "--repeat", "1")
+    assert done.returncode == 0, done.stderr
+    encoder, ranker = (
+        torch.jit.load(str(exports[model] / f"{name}.pt")) for name in ("user_encoder", "candidate_ranker")
+    )
+    expected: list[np.ndarray] = []
+    with torch.no_grad():
+        for asked, own in zip(
+            *(requests_in(requests[model], x) for x in ("user_encoder", "candidate_ranker")), strict=True
+        ):
+            memory = encoder(**{"probes": {}} | asked) | own.get("memory", {})
+            expected.append(ranker(**own | {"memory": memory}).numpy())
+    assert_equal(printed(done.stdout), expected)
+    timed = [line.split()[1:4] for line in done.stderr.splitlines() if line.startswith("latency")]
+    assert timed == [["user_encoder", "calls", "12"], ["candidate_ranker", "calls", "12"]]
 
 
 def test_threads_do_not_change_scores(client: Client, exports: dict[str, Path], requests: dict[str, Path]):
@@ -80,100 +104,34 @@ def test_latency_of_repeated_requests(client: Client, exports: dict[str, Path], 
 
 def test_a_model_that_needs_fbgemm_says_so(client: Client, exports: dict[str, Path], requests: dict[str, Path]):
     done = client(exports["small"] / "ranker.pt", requests["small"], libraries=())
-    assert done.returncode == MODEL
+    assert done.returncode == Exit.MODEL
     assert done.stdout == ""
     needed = r"needs fbgemm::\w+, which no library has brought: give FBGEMM's by --fbgemm LIB\n"
     assert_message(done.stderr, rf"error: .*ranker\.pt: {needed}")
 
 
-def assert_message(found: str, pattern: str) -> None:
-    """The whole of stderr is one message."""
-    assert re.fullmatch(pattern, found), found
-
-
-@pytest.fixture
-def changed(requests: dict[str, Path], tmp_path: Path) -> Callable[[Change], Path]:
-    """The small request file after a change of its tensors."""
-
-    def changed(change: Change) -> Path:
-        tensors = load_file(requests["small"])
-        change(tensors)
-        with safe_open(requests["small"], "pt") as file:
-            save_file(tensors, tmp_path / "requests", file.metadata())
-        return tmp_path / "requests"
-
-    return changed
-
-
-def wrong_names(tensors: dict[str, Tensor]) -> None:
-    tensors["3/ranker/time_now"] = tensors.pop("3/ranker/now")
-
-
-def wrong_kinds(tensors: dict[str, Tensor]) -> None:
-    tensors["0/ranker/now"] = tensors["0/ranker/now"].float()
-    tensors["0/ranker/candidate_dense"] = tensors["0/ranker/candidate_dense"].flatten()
-
-
-def wrong_dictionary(tensors: dict[str, Tensor]) -> None:
-    tensors["0/ranker/now/1.code"] = tensors.pop("0/ranker/now")
-
-
-def another_model(tensors: dict[str, Tensor]) -> None:
-    for name in [name for name in tensors if name.startswith("5/ranker/")]:
-        tensors[name.replace("ranker", "reranker")] = tensors.pop(name)
-
-
-@pytest.mark.parametrize(
-    ("change", "lines"),
-    [
-        (wrong_names, ["request 3 does not fit .*", "  now: missing", "  time_now: the model has no such input"]),
-        (
-            wrong_kinds,
-            [
-                "request 0 does not fit .*",
-                "  candidate_dense: float32 of 1 dimensions, and the model reads float32 of 2",
-                "  now: float32 of 1 dimensions, and the model reads int64 of 1",
-            ],
-        ),
-        (wrong_dictionary, ["request 0 does not fit .*", "  now: missing", "  now: a dictionary, .* reads a tensor"]),
-        (another_model, [r"request 5: nothing for ranker \(.*ranker\.pt\)"]),
-    ],
-)
-def test_inputs_that_do_not_fit_are_named(
-    client: Client, exports: dict[str, Path], changed: Callable[[Change], Path], change: Change, lines: list[str]
-):
-    done = client(exports["small"] / "ranker.pt", changed(change))
-    assert done.returncode == INPUTS, done.stderr
-    assert done.stdout == ""  # before anything is scored
-    assert_message(done.stderr, r"error: .*requests: " + "\n".join(lines) + "\n")
-
-
-def test_a_request_that_fails_is_named(client: Client, exports: dict[str, Path], changed: Callable[[Change], Path]):
+def test_a_request_that_fails_is_named(client: Client, exports: dict[str, Path], changed: Changed):
     def widen(tensors: dict[str, Tensor]) -> None:
         tensors["2/ranker/candidate_dense"] = torch.zeros(8, 3)
 
     done = client(exports["small"] / "ranker.pt", changed(widen))
-    assert done.returncode == SCORING
+    assert done.returncode == Exit.SCORING
     assert done.stderr.startswith("error: request 2: ")
 
 
 @pytest.mark.parametrize("wrong", [0.9, float("nan")])
-def test_other_scores_than_expected_fail(
-    client: Client, exports: dict[str, Path], changed: Callable[[Change], Path], wrong: float
-):
+def test_other_scores_than_expected_fail(client: Client, exports: dict[str, Path], changed: Changed, wrong: float):
     file = changed(lambda tensors: tensors["4/expected"][1, 0].fill_(wrong))
     done = client(exports["small"] / "ranker.pt", file, "--tolerance", "1e-5")
-    assert done.returncode == SCORES
+    assert done.returncode == Exit.SCORES
     assert done.stderr.endswith("error: scores differ from the expected ones by more than --tolerance\n")
     assert client(exports["small"] / "ranker.pt", file).returncode == 0
 
 
-def test_nothing_is_compared_without_expected_scores(
-    client: Client, exports: dict[str, Path], changed: Callable[[Change], Path]
-):
+def test_nothing_is_compared_without_expected_scores(client: Client, exports: dict[str, Path], changed: Changed):
     file = changed(lambda tensors: tensors.pop("4/expected"))
     done = client(exports["small"] / "ranker.pt", file, "--tolerance", "1e-5")
-    assert done.returncode == SCORES
+    assert done.returncode == Exit.SCORES
     assert done.stderr.endswith("requests: 1 requests have no expected scores\n")
 
 
@@ -208,7 +166,29 @@ def test_a_damaged_file_is_told(
     file = Path(shutil.copy(requests["small"], tmp_path / "requests"))
     damage(file)
     done = client(exports["small"] / "ranker.pt", file)
-    assert done.returncode == FILE, done.stderr
+    assert done.returncode == Exit.FILE, done.stderr
+    assert_message(done.stderr, rf"error: .*requests: {message}\n")
+
+
+def renamed(tensors: dict[str, Tensor], old: str, new: str) -> None:
+    for name in [name for name in tensors if name.startswith(old)]:
+        tensors[new + name.removeprefix(old)] = tensors.pop(name)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("3/", "99/", "requests are numbered from 0 without a gap; one is missing"),
+        ("3/", "-3/", "-3/.*: names are REQUEST/MODEL/INPUT, with /KEY in a dictionary"),
+        ("3/ranker/now", "now", "now: names are REQUEST/MODEL/INPUT, with /KEY in a dictionary"),
+        ("3/ranker/now", "3/ranker/a/b/c", "3/ranker/a/b/c: names are .*"),
+    ],
+)
+def test_names_are_checked(
+    client: Client, exports: dict[str, Path], changed: Changed, old: str, new: str, message: str
+):
+    done = client(exports["small"] / "ranker.pt", changed(lambda tensors: renamed(tensors, old, new)))
+    assert done.returncode == Exit.FILE, done.stderr
     assert_message(done.stderr, rf"error: .*requests: {message}\n")
 
 
@@ -217,10 +197,10 @@ def test_a_model_or_library_that_does_not_load_is_told(
 ):
     (tmp_path / "model.pt").write_text("nothing")
     done = client(tmp_path / "model.pt", requests["small"])
-    assert done.returncode == MODEL
+    assert done.returncode == Exit.MODEL
     assert done.stderr.startswith(f"error: {tmp_path}/model.pt: does not load: ")
     done = client(exports["small"] / "ranker.pt", requests["small"], "--fbgemm", tmp_path / "model.pt", libraries=())
-    assert done.returncode == MODEL
+    assert done.returncode == Exit.MODEL
     assert done.stderr.startswith(f"error: --fbgemm {tmp_path}/model.pt: does not load: ")
 
 
@@ -232,7 +212,7 @@ def test_the_manifest_is_read_whatever_is_in_it(
     assert without.returncode == 0
     assert "no manifest.json beside" in without.stderr
     manifest = json.loads((exports["small"] / "manifest.json").read_text())
-    manifest["inputs"]["now"]["dtype"] = 'größe\n\t"\\ 🙂'
+    manifest["files"]["ranker.pt"]["inputs"]["now"]["dtype"] = 'größe\n\t"\\ 🙂'
     manifest["metrics"] = {
         "auc": float("nan"),
         "loss": -1.5e-7,
@@ -241,7 +221,7 @@ def test_the_manifest_is_read_whatever_is_in_it(
     }
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     done = client(model, requests["small"])
-    assert done.returncode == INPUTS
+    assert done.returncode == Exit.INPUTS
     assert done.stderr.endswith('  now: int64 of 1 dimensions, and the model reads größe\n\t"\\ 🙂 of 1\n')
 
 
@@ -257,5 +237,5 @@ def test_the_manifest_is_read_whatever_is_in_it(
 )
 def test_the_command_line_is_checked(client: Client, arguments: list[str], message: str):
     done = client(*arguments, libraries=())
-    assert done.returncode == USAGE
+    assert done.returncode == Exit.USAGE
     assert_message(done.stderr, f"error: {message}\n")

@@ -13,9 +13,8 @@ from features.errors import UserError
 from features.selection import resolve
 from ranker.evaluate import restore
 from ranker.evaluation.predict import scoring_loader, selection_of
-from ranker.export import inputs_of
 from ranker.ranks import join_ranks
-from ranker.requests_file import FORMAT, Example, save_requests, write_requests
+from ranker.requests_file import FORMAT, Example, models_of, save_requests, write_requests
 from ranker.run import Run
 from ranker.towers import esmm_probabilities
 
@@ -42,7 +41,10 @@ def test_requests_are_the_splits_first_with_the_trainers_scores(trained: Path, t
     with safe_open(tmp_path / "some" / "requests", "pt") as file:
         assert file.metadata() == {"format": FORMAT, "requests": "9"}
     names = {name.split("/", 1)[1] for name in found}
-    assert names == {"expected", *(f"ranker/{name}" for name in inputs_of(batch))}
+    given = models_of(batch, selection.spec, run.config)
+    assert set(given) == {"ranker", "user_encoder", "candidate_ranker"}
+    without_entries = {"user_encoder/probes", "candidate_ranker/memory"}  # the mean is of the request, not of probes
+    assert names == {"expected", *(f"{model}/{name}" for model in given for name in given[model])} - without_entries
 
 
 def test_a_split_may_have_fewer(trained: Path, tmp_path: Path):
