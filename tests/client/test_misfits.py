@@ -1,4 +1,4 @@
-"""Before anything is scored, what requests give is compared with what exported models read; all that is wrong is told."""
+"""Before anything is scored, requests are compared with what exported models read; all that is wrong is told."""
 
 from __future__ import annotations
 
