@@ -33,7 +33,7 @@ from ranker.ranks import join_ranks
 from ranker.requests_file import Example, models_of, save_requests
 from tests.benchmarks.machine import machine
 from tests.benchmarks.request_step import ATTENTION, SPEC, config_of, request_level
-from tests.client.building import FLOAT, build, operator_options, why_not
+from tests.client.building import build, operator_options, why_not
 
 MODELS = {
     "DIN-50 + attention": ModelConfig.model_validate({"long": [ATTENTION]}),
@@ -108,7 +108,7 @@ def compare(
         expected = scored(files, given, {}).numpy()
     paths = [str(folder / f"{name}.pt") for name in way]
     chosen = ["--pair", *paths] if len(way) > 1 else paths
-    command = [str(program), *chosen, str(folder / "request"), "--threads", "1", *operator_options(FLOAT)]
+    command = [str(program), *chosen, str(folder / "request"), "--threads", "1", *operator_options()]
     rounds: list[tuple[dict[str, Latency], dict[str, Latency]]] = []
     for _ in range(options.rounds):
         cpp, scores = in_cpp(command, options.repeat)

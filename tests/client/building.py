@@ -13,14 +13,8 @@ import torch
 
 SOURCES = Path(__file__).parent
 WANTED = ("cmake", "g++", "make")
-# the libraries with the operators that exports call, in any order; what they need besides they find beside them
-FLOAT = ("fbgemm_gpu_py.so",)
-INT8 = (
-    "fbgemm_gpu_tbe_cache.so",
-    "fbgemm_gpu_tbe_inference.so",
-    "fbgemm_gpu_tbe_training_backward_pt2.so",
-    "fbgemm_gpu_py.so",
-)
+# the libraries with the operators that exports call; what they need besides they find beside them
+OPERATORS = ("fbgemm_gpu_py.so",)
 
 
 def why_not() -> str | None:
@@ -48,7 +42,7 @@ def build(folder: Path) -> Path:
     return folder / "ranker_client"
 
 
-def operator_options(libraries: Sequence[str]) -> list[str]:
+def operator_options(libraries: Sequence[str] = OPERATORS) -> list[str]:
     """The client's options that load FBGEMM's operators from the installed wheel."""
     package = importlib.util.find_spec("fbgemm_gpu")
     assert package is not None

@@ -14,7 +14,7 @@ from torch import Tensor
 from ranker.export import export
 from ranker.requests_file import write_requests
 from ranker.training.trainer import train
-from tests.client.building import FLOAT, build, operator_options, why_not
+from tests.client.building import OPERATORS, build, operator_options, why_not
 from tests.ranker.block_configs import ALL
 from tests.ranker.conftest import ConfigOf, Once, coded, config_file, config_of, dataset, once, trained
 
@@ -37,7 +37,7 @@ def program(once: Once) -> Path:
 def client(program: Path) -> Client:
     """Run the client on some arguments, with the operators of some of FBGEMM's libraries."""
 
-    def client(*arguments: str | Path, libraries: Sequence[str] = FLOAT) -> subprocess.CompletedProcess[str]:
+    def client(*arguments: str | Path, libraries: Sequence[str] = OPERATORS) -> subprocess.CompletedProcess[str]:
         command = [program, *arguments, *operator_options(libraries)]
         return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 

@@ -3,7 +3,7 @@
 //   ranker_client MODEL.pt REQUESTS [options]                   the whole ranker
 //   ranker_client --pair ENCODER.pt RANKER.pt REQUESTS [options]  user_encoder, then candidate_ranker on its memory
 //
-//   --fbgemm LIB      a library with FBGEMM's operators (repeatable, in any order)
+//   --fbgemm LIB      a library with FBGEMM's operators (repeatable)
 //   --threads N       threads of an operator (default 1)
 //   --repeat N        score all requests N times more, and say on stderr how long one takes
 //   --tolerance X     fail where a score differs by more than X from the file's expected one
