@@ -30,8 +30,7 @@ def build(folder: Path) -> Path:
     settings = {
         "CMAKE_BUILD_TYPE": "Release",
         "CMAKE_CXX_COMPILER": "g++",
-        "CMAKE_CXX_FLAGS": "-Werror",
-        "CMAKE_PREFIX_PATH": torch.utils.cmake_prefix_path,
+        "TORCH_ROOT": str(Path(torch.__file__).parent),
     }
     configure = ["cmake", "-S", str(SOURCES), "-B", str(folder), "-G", "Unix Makefiles"]
     configure += [f"-D{name}={value}" for name, value in settings.items()]
