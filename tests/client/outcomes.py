@@ -6,6 +6,8 @@ import re
 from enum import IntEnum
 from pathlib import Path
 
+import numpy as np
+
 
 class Exit(IntEnum):
     """As in failure.h."""
@@ -23,6 +25,18 @@ def assert_message(found: str, pattern: str) -> None:
     assert re.fullmatch(pattern, found), found
 
 
-def pair_in(folder: Path) -> tuple[str | Path, ...]:
+def printed(stdout: str) -> list[np.ndarray]:
+    """Scores `[N, tasks]` float32 of each request; its candidates come in order."""
+    rows = [line.split("\t") for line in stdout.splitlines()]
+    found: list[list[list[str]]] = []
+    for request, candidate, *scores in rows:
+        if candidate == "0":
+            found.append([])
+        assert (int(request), int(candidate)) == (len(found) - 1, len(found[-1]))
+        found[-1].append(scores)
+    return [np.array(scores, np.float32) for scores in found]
+
+
+def pair_in(folder: Path, ending: str = ".pt") -> tuple[str | Path, ...]:
     """Options that score by a folder's pair."""
-    return "--pair", folder / "user_encoder.pt", folder / "candidate_ranker.pt"
+    return "--pair", folder / f"user_encoder{ending}", folder / f"candidate_ranker{ending}"

@@ -1,4 +1,4 @@
-"""A C++ program scores exported models as Python does, and says what is wrong when it cannot."""
+"""The client's options, and what it says when a file, a model or a score is wrong."""
 
 from __future__ import annotations
 
@@ -6,84 +6,14 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.client.conftest import Changed, Client
-from tests.client.outcomes import Exit, assert_message, pair_in
-
-
-def requests_in(path: Path, model: str) -> list[dict[str, Any]]:
-    """What each request of a file gives to one model, by input; of a dictionary, by its key."""
-    tensors = load_file(path)
-    given: list[dict[str, Any]] = [{} for _ in range(1 + max(int(name.split("/")[0]) for name in tensors))]
-    for name, tensor in tensors.items():
-        number, *rest = name.split("/")
-        if rest[0] == model and len(rest) == 2:
-            given[int(number)][rest[1]] = tensor
-        elif rest[0] == model:
-            given[int(number)].setdefault(rest[1], {})[rest[2]] = tensor
-    return given
-
-
-def printed(stdout: str) -> list[np.ndarray]:
-    """Scores `[N, tasks]` float32 of each request; its candidates come in order."""
-    rows = [line.split("\t") for line in stdout.splitlines()]
-    found: list[list[list[str]]] = []
-    for request, candidate, *scores in rows:
-        if candidate == "0":
-            found.append([])
-        assert (int(request), int(candidate)) == (len(found) - 1, len(found[-1]))
-        found[-1].append(scores)
-    return [np.array(scores, np.float32) for scores in found]
-
-
-@pytest.mark.parametrize("model", ["small", "three blocks"])
-def test_scores_are_pythons_bit_for_bit(
-    client: Client, exports: dict[str, Path], requests: dict[str, Path], model: str
-):
-    done = client(exports[model] / "ranker.pt", requests[model], "--tolerance", "1e-5")
-    assert done.returncode == 0, done.stderr
-    assert "greatest difference from 12 requests' expected scores: " in done.stderr  # the trainer's
-    loaded = torch.jit.load(str(exports[model] / "ranker.pt"))
-    with torch.no_grad():
-        expected = [loaded(**inputs).numpy() for inputs in requests_in(requests[model], "ranker")]
-    found = printed(done.stdout)
-    assert_equal(found, expected)
-    assert np.concatenate(found).std(0).min() > 1e-3  # there is something to tell apart
-
-
-def assert_equal(found: list[np.ndarray], expected: list[np.ndarray]) -> None:
-    """To the last bit."""
-    assert len(found) == len(expected) == 12
-    for ours, pythons in zip(found, expected, strict=True):
-        assert np.array_equal(ours, pythons)
-
-
-@pytest.mark.parametrize("model", ["small", "three blocks"])
-def test_a_pairs_scores_are_pythons_bit_for_bit(
-    client: Client, exports: dict[str, Path], requests: dict[str, Path], model: str
-):
-    done = client(*pair_in(exports[model]), requests[model], "--tolerance", "1e-5", "--repeat", "1")
-    assert done.returncode == 0, done.stderr
-    encoder, ranker = (
-        torch.jit.load(str(exports[model] / f"{name}.pt")) for name in ("user_encoder", "candidate_ranker")
-    )
-    expected: list[np.ndarray] = []
-    with torch.no_grad():
-        for asked, own in zip(
-            *(requests_in(requests[model], x) for x in ("user_encoder", "candidate_ranker")), strict=True
-        ):
-            memory = encoder(**{"probes": {}} | asked) | own.get("memory", {})
-            expected.append(ranker(**own | {"memory": memory}).numpy())
-    assert_equal(printed(done.stdout), expected)
-    timed = [line.split()[1:4] for line in done.stderr.splitlines() if line.startswith("latency")]
-    assert timed == [["user_encoder", "calls", "12"], ["candidate_ranker", "calls", "12"]]
+from tests.client.outcomes import Exit, assert_message, printed
 
 
 def test_threads_do_not_change_scores(client: Client, exports: dict[str, Path], requests: dict[str, Path]):
