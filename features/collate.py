@@ -54,29 +54,34 @@ class Part:
 
 def nothing(selection: Selection) -> Part:
     """A request without history and candidates: what a rank feeds when its own have run out."""
+    return without_candidates(selection, 1)
+
+
+def without_candidates(selection: Selection, requests: int) -> Part:
+    """Requests without histories, candidates and features of their own."""
     spec = selection.spec
 
     def none() -> Ints:
         return np.zeros(0, np.int64)
 
-    def one() -> Ints:
-        return np.zeros(1, np.int64)
+    def zeros() -> Ints:
+        return np.zeros(requests, np.int64)
 
     return Part(
-        row_events=one(),
-        start=one(),
-        end=one(),
-        now=one(),
-        user=one(),
-        history_length=one(),
-        candidates=one(),
+        row_events=zeros(),
+        start=zeros(),
+        end=zeros(),
+        now=zeros(),
+        user=zeros(),
+        history_length=zeros(),
+        candidates=zeros(),
         item=none(),
         event_time=none(),
-        request=[(none(), one()) for _ in spec.request],
+        request=[(none(), zeros()) for _ in spec.request],
         candidate=[(none(), none()) for _ in spec.candidate],
         history=[none() for _ in (*spec.sequence, *spec.event, *spec.content)],
         target=[none() for _ in spec.sequence],
-        request_dense=[np.zeros(1, np.float32) for _ in spec.request_dense],
+        request_dense=[np.zeros(requests, np.float32) for _ in spec.request_dense],
         candidate_dense=[none() for _ in spec.candidate_dense],
         event_dense=[none() for _ in spec.event_dense],
         event_codes=[none() for _ in spec.codes],
@@ -165,7 +170,8 @@ class Packed(NamedTuple):
 def pack(tensors: dict[str, Tensor]) -> Packed:
     """All tensors in one piece of memory, the wider types first, so that each lies where its type may."""
     ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
-    memory = torch.cat([tensor.flatten().view(torch.uint8) for _, tensor in ordered])
+    # an empty tensor that NumPy made has strides of 0, of which torch makes no bytes
+    memory = torch.cat([tensor.flatten().view(torch.uint8) for _, tensor in ordered if tensor.numel()])
     return Packed(memory, [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in ordered])
 
 

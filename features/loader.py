@@ -7,19 +7,15 @@ global batches stay the same whatever the number of ranks. :mod:`features.schedu
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Generator, Iterator
-from typing import Any, cast
+from collections.abc import Generator
 
 import numpy as np
-import torch
 from pydantic import Field
 from torch import Tensor
-from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from features.batch import RequestBatch, from_tensors
-from features.collate import Part, assemble, nothing, pack, unpack
+from features.collate import Part, assemble, nothing
 from features.dataset import Dataset, PartitionInfo
 from features.errors import UserError, did_you_mean
 from features.reader import Drop, Reader
@@ -27,6 +23,7 @@ from features.schedule import Draw, Slot, batch_count, generator, schedule, shuf
 from features.schema import Split, Strict
 from features.selection import Selection
 from features.views import Ints, Partition
+from features.workers import built
 
 __all__ = ["Loader", "LoaderConfig", "RequestBatches", "Selection"]
 
@@ -64,11 +61,6 @@ class LoaderConfig(Strict):
 def _ranges(info: PartitionInfo, splits: tuple[Split, ...]) -> list[tuple[int, int]]:
     """The rows of these splits in a partition's requests."""
     return [info.requests.get(split, (0, 0)) for split in splits]
-
-
-def _leave_sigterm_to_the_parent(worker: int) -> None:
-    """Schedulers tell every process of a job to end; the parent does so when it has saved its work, and ends us."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _check_labels(dataset: Dataset, what: str, names: tuple[str, ...], available: list[str]) -> None:
@@ -240,18 +232,5 @@ class Loader:
         """The batches of an epoch from `first_step` on; every rank yields equally many."""
         source = self.epoch(epoch)
         steps = range(first_step, source.steps)
-        for tensors in self._by_workers(source, steps) if self._config.workers else map(source.__getitem__, steps):
+        for tensors in built(source, steps, self._config.workers, self._config.prefetch):
             yield from_tensors(self._selection.spec, tensors)
-
-    def _by_workers(self, source: TorchDataset[Any], steps: range) -> Iterator[dict[str, Tensor]]:
-        packed = DataLoader(
-            source,
-            batch_size=None,
-            sampler=steps,
-            collate_fn=cast(Any, pack),  # without a batch size it is given one sample, not a list as its type says
-            num_workers=self._config.workers,
-            worker_init_fn=_leave_sigterm_to_the_parent,
-            prefetch_factor=self._config.prefetch,
-            generator=torch.Generator(),  # by default the global one, whose state belongs to the model
-        )
-        return map(unpack, packed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -72,6 +73,13 @@ def test_packed_and_unpacked_it_is_the_same(read: tuple[Selection, dict[str, Ten
         assert again[name].dtype == tensor.dtype
         assert again[name].shape == tensor.shape
         assert torch.equal(again[name], tensor)
+
+
+def test_what_numpy_made_without_elements_is_packed_too() -> None:
+    """As in a batch without candidates, which a rank without requests left has."""
+    tensors = {"none": torch.from_numpy(np.zeros(0, np.int64)), "some": torch.arange(3)}
+    again = unpack(pack(tensors))
+    assert {name: tensor.tolist() for name, tensor in again.items()} == {"none": [], "some": [0, 1, 2]}
 
 
 def test_to_another_device_moves_every_tensor(read: tuple[Selection, dict[str, Tensor]]) -> None:
