@@ -10,7 +10,7 @@ from functools import cached_property
 
 import numpy as np
 
-from features.collate import Part
+from features.collate import Part, without_candidates
 from features.dataset import Dataset
 from features.selection import Feature, Selection
 from features.views import Array, File, Ints, Partition, copy_windows, item_file, ranges
@@ -109,20 +109,8 @@ class Reader:
         base = partition.histories.lists("item").offsets[row]
         read = length if most is None else np.minimum(length, most[row])
         windows = _Windows.of(row, base, read, self._selection.history_length)
-
-        def events(name: str) -> Array:
-            return copy_windows(partition.event(name), windows.low, windows.high)
-
         candidate_item, candidates = partition.requests.lists("items").rows(requests)
         candidate_rows = ranges(partition.requests.lists("items").offsets[requests], candidates)
-        event_item = events("item")
-        items = np.concatenate([event_item, candidate_item])
-        dropped = bernoulli(rng, self._drop.item, items.size)
-        ids = self._items.flat("bucket")[items] if "item" in self._hashed else items
-        item_ids = known(ids, self._item_rows, dropped)
-        event_id, candidate_id = item_ids[: event_item.size], item_ids[event_item.size :]
-        of_events = dropped < event_item.size
-        event_dropped, candidate_dropped = dropped[of_events], dropped[~of_events] - event_item.size
         user = partition.histories.flat("user")[row]
 
         part = Part(
@@ -134,23 +122,9 @@ class Reader:
             history_length=length,
             candidates=candidates,
             item=candidate_item,
-            event_time=events("time"),
+            event_time=copy_windows(partition.event("time"), windows.low, windows.high),
         )
-
-        # attributes are those of the item itself, known to the tables or not
-        def of_event_item(feature: Feature) -> Array:
-            return self._attribute(feature.name, event_item, event_dropped)
-
-        def of_candidate_item(feature: Feature) -> Array:
-            return self._attribute(feature.name, candidate_item, candidate_dropped)
-
-        part.history = [event_id if f.name == "item" else of_event_item(f) for f in spec.sequence]
-        part.history += [events(f.name) for f in spec.event]
-        part.history += [event_item for _ in spec.content]  # rows of a table of every item's vector
-        part.target = [candidate_id if f.name == "item" else of_candidate_item(f) for f in spec.sequence]
-        part.event_dense = [events(f.name) for f in spec.event_dense]
-        part.event_codes = [of_event_item(f) for f in spec.codes]
-        part.candidate_codes = [of_candidate_item(f) for f in spec.codes]
+        candidate_id, candidate_dropped = self._read_sequences(part, partition, windows, rng)
 
         def of_request(feature: Feature) -> tuple[Array, Ints]:
             if feature.name == "user":
@@ -175,6 +149,57 @@ class Reader:
         part.labels = [partition.candidate(f"label.{n}")[candidate_rows] for n in self._selection.labels]
         part.oracles = [partition.candidate(f"oracle.{n}")[candidate_rows] for n in self._selection.oracles]
         return part
+
+    def read_users(self, partition: Partition, rows: Ints, length: Ints, now: Ints) -> Part:
+        """The part of some users, each a request without candidates at `now` `[U]`, ms, that reads the latest of the
+        first `length` `[U]` events of its history row. What a request has besides is missing, the user's id too.
+
+        Args:
+            rows: `[U]` rows of histories, ascending.
+        """
+        base = partition.histories.lists("item").offsets[rows]
+        windows = _Windows.of(rows, base, length, self._selection.history_length)
+        part = without_candidates(self._selection, rows.size)
+        part.row_events, part.start, part.end = windows.high - windows.low, windows.start, windows.end
+        part.now, part.user, part.history_length = now, partition.histories.flat("user")[rows], length
+        part.event_time = copy_windows(partition.event("time"), windows.low, windows.high)
+        self._read_sequences(part, partition, windows, None)
+        return part
+
+    def _read_sequences(
+        self, part: Part, partition: Partition, windows: _Windows, rng: np.random.Generator | None
+    ) -> tuple[Array, Ints]:
+        """Fill what histories and candidates are embedded by; the candidates' rows in the table of items' ids, and the
+        positions of those that were dropped."""
+        spec = self._selection.spec
+
+        def events(name: str) -> Array:
+            return copy_windows(partition.event(name), windows.low, windows.high)
+
+        event_item = events("item")
+        items = np.concatenate([event_item, part.item])
+        dropped = bernoulli(rng, self._drop.item, items.size)
+        ids = self._items.flat("bucket")[items] if "item" in self._hashed else items
+        item_ids = known(ids, self._item_rows, dropped)
+        event_id, candidate_id = item_ids[: event_item.size], item_ids[event_item.size :]
+        of_events = dropped < event_item.size
+        event_dropped, candidate_dropped = dropped[of_events], dropped[~of_events] - event_item.size
+
+        # attributes are those of the item itself, known to the tables or not
+        def of_event_item(feature: Feature) -> Array:
+            return self._attribute(feature.name, event_item, event_dropped)
+
+        def of_candidate_item(feature: Feature) -> Array:
+            return self._attribute(feature.name, part.item, candidate_dropped)
+
+        part.history = [event_id if f.name == "item" else of_event_item(f) for f in spec.sequence]
+        part.history += [events(f.name) for f in spec.event]
+        part.history += [event_item for _ in spec.content]  # rows of a table of every item's vector
+        part.target = [candidate_id if f.name == "item" else of_candidate_item(f) for f in spec.sequence]
+        part.event_dense = [events(f.name) for f in spec.event_dense]
+        part.event_codes = [of_event_item(f) for f in spec.codes]
+        part.candidate_codes = [of_candidate_item(f) for f in spec.codes]
+        return candidate_id, candidate_dropped
 
     def _attribute(self, name: str, items: Array, dropped: Ints) -> Array:
         values = self._items.flat(name).take(items)
