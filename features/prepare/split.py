@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
+from features.instants import instant_ms, iso
 from features.prepare.engine import Engine
 from features.prepare.errors import PrepareError
 from features.prepare.sources.tables import Table
 from features.prepare.staging import SHARE_STEPS
-from features.prepare.validate import instant_ms, iso
 from features.schema import SPLITS, Split, SplitConfig
 
 PAST = 3

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -161,8 +160,8 @@ def test_first_not_before_is_bisection_in_each_window(lists: list[list[int]], wh
     lists = [sorted(values) for values in lists]
     when = [when[i % len(when)] for i in range(len(lists))]
     offsets = np.cumsum([0, *map(len, lists)])
-    found = first_not_before(np.array([t for values in lists for t in values], np.int64), offsets[:-1], offsets[1:], np.array(when))
+    times = np.array([time for values in lists for time in values], np.int64)
+    found = first_not_before(times, offsets[:-1], offsets[1:], np.array(when))
     assert (found - offsets[:-1]).tolist() == [
         sum(value < then for value in values) for values, then in zip(lists, when, strict=True)
     ]
-    assert torch.from_numpy(found).dtype == torch.int64
