@@ -188,7 +188,7 @@ class LmdbWriter:
 
     def __init__(self, folder: Path, url: str) -> None:
         self.folder, self.url = folder, url
-        self._pending: dict[bytes, bytes] = {}
+        self._pending: dict[bytes, bytes | None] = {}  # None: to be removed
         self._pending_bytes = self._records = self._bytes = 0
         self._opened: Environment | None = _opened_for_writing(folder)
 
@@ -222,6 +222,10 @@ class LmdbWriter:
         if self._pending_bytes >= COMMIT_BYTES:
             self._write({})
 
+    def remove_many(self, keys: U64) -> None:
+        """Gather them for the same commit."""
+        self._pending.update(dict.fromkeys(names_of(keys)))
+
     def done(self, unit: str, counts: Mapping[str, int] | None = None) -> None:
         """Commit what is gathered with the mark; `records` and `bytes` put since the last mark are counted."""
         mark = {"records": self._records, "bytes": self._bytes, **(counts or {})}
@@ -235,11 +239,15 @@ class LmdbWriter:
         self._opened = None  # the last handle closes it
 
     def _write(self, marks: dict[bytes, bytes]) -> None:
-        records = sorted(self._pending.items())  # in the order of the pages
+        pending = sorted(self._pending.items())  # in the order of the pages
+        records = [(name, value) for name, value in pending if value is not None]
+        removed = [name for name, value in pending if value is None]
 
         def write(txn: lmdb.Transaction, opened: Environment) -> None:
             with txn.cursor(opened.records) as cursor:
                 cursor.putmulti(records)
+            for name in removed:
+                txn.delete(name, db=opened.records)
             for name, mark in marks.items():
                 txn.put(name, mark, db=opened.about)
 

@@ -145,6 +145,16 @@ class RedisStore:
                     pipeline.set(key, value)
                 pipeline.execute()
 
+    def remove(self, name: str, keys: U64) -> None:
+        """Remove records of a generation."""
+        names = key_names(self.at.prefix(name), keys)
+        with self._connected() as client:
+            for at in range(0, len(names), COMMANDS):
+                pipeline = client.pipeline(transaction=False)
+                for key in names[at : at + COMMANDS]:
+                    pipeline.unlink(key)
+                pipeline.execute()
+
     def mark(self, name: str, unit: str, counts: Mapping[str, int]) -> None:
         """Mark a unit as done."""
         with self._connected() as client:
@@ -194,6 +204,12 @@ class RedisWriter:
             raise StoreError(f"{self._store.url}: the writer is closed; begin the generation again")
         self._store.put(self._name, np.ascontiguousarray(keys), values)
         self._records, self._bytes = self._records + len(values), self._bytes + sum(map(len, values))
+
+    def remove_many(self, keys: U64) -> None:
+        """Remove them now."""
+        if self._closed:
+            raise StoreError(f"{self._store.url}: the writer is closed; begin the generation again")
+        self._store.remove(self._name, np.ascontiguousarray(keys))
 
     def done(self, unit: str, counts: Mapping[str, int] | None = None) -> None:
         """Write the mark; `records` and `bytes` put since the last one are counted."""

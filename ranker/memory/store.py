@@ -105,6 +105,10 @@ class GenerationWriter(Protocol):
         """Keep records, over older ones of the same keys; some may be written only by the next `done` or `close`."""
         ...
 
+    def remove_many(self, keys: U64) -> None:
+        """Remove records, or what was put of them; in order with `put_many`. Keys without a record are none."""
+        ...
+
     def done(self, unit: str, counts: Mapping[str, int] | None = None) -> None:
         """Mark a unit of work as done, with what was counted in it, once all records put so far are kept."""
         ...
