@@ -40,14 +40,16 @@ class ConfigError(UserError):
         super().__init__(heading + "\n  ".join(lines))
 
 
-def load_config(path: Path | str, model: type[T], overrides: Sequence[str] = ()) -> T:
-    """Read `path` as a `model`, with `overrides` of the form ``a.b[0].c=VALUE`` (VALUE is YAML) on top.
+def load_config(path: Path | str | None, model: type[T], overrides: Sequence[str] = ()) -> T:
+    """Read `path` as a `model`, with `overrides` of the form ``a.b[0].c=VALUE`` (VALUE is YAML) on top; without a path,
+    the defaults with overrides.
 
     Raises:
         ConfigError: with everything that is wrong.
     """
-    path, problems = Path(path), list[Problem]()
-    tree = _read(path, model, (), problems)
+    problems = list[Problem]()
+    tree = Tree({}) if path is None else _read(Path(path), model, (), problems)
+    path = Path("--set" if path is None else path)
     if problems and not isinstance(tree.value, dict):
         raise ConfigError(path, problems)
     for override in overrides:

@@ -59,10 +59,10 @@ def newest_time(dataset: Dataset, partitions: list[int]) -> int:
     """The latest time of an event of these partitions, or of a request of the dataset; ms."""
     found = [split.last_ms for split in dataset.manifest.splits.values() if split.requests]
     for index in partitions:
-        histories = Partition(dataset, index)
-        offsets = histories.histories.lists("item").offsets
+        partition = Partition(dataset, index)
+        offsets = partition.histories.lists("item").offsets
         last = offsets[1:][offsets[1:] > offsets[:-1]] - 1
-        found += [int(histories.event("time")[last].max())] if last.size else []
+        found += [int(partition.event("time")[last].max())] if last.size else []
     return max(found, default=0)
 
 

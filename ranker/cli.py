@@ -171,7 +171,7 @@ def runs(runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="eval
 
 @app.command()
 def schema(
-    name: Annotated[Literal["prepare", "sids", "train", "compare"], typer.Argument(help="which config")],
+    name: Annotated[Literal["prepare", "sids", "train", "compare", "memory"], typer.Argument(help="which config")],
     json: Annotated[bool, typer.Option("--json", help="as JSON schema, for editors")] = False,
 ) -> None:
     """Print every key of a config: its type, default, and what it means."""
@@ -186,7 +186,7 @@ def schema(
         typer.echo(describe(model))
 
 
-def _config_model(name: Literal["prepare", "sids", "train", "compare"]) -> type[BaseModel]:
+def _config_model(name: Literal["prepare", "sids", "train", "compare", "memory"]) -> type[BaseModel]:
     if name == "prepare":
         from features.schema import PrepareConfig
 
@@ -199,6 +199,10 @@ def _config_model(name: Literal["prepare", "sids", "train", "compare"]) -> type[
         from ranker.compare.config import CompareConfig
 
         return CompareConfig
+    if name == "memory":
+        from ranker.memory.config import MemoryConfig
+
+        return MemoryConfig
     from ranker.config import TrainConfig
 
     return TrainConfig

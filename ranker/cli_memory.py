@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Memories made ahead, in LMDB or Redis: look at them, check them, switch.", no_args_is_help=True)
+app = typer.Typer(
+    help="Memories made ahead, in LMDB or Redis: make them, look at them, check them, switch.", no_args_is_help=True
+)
 
 StoreUrl = Annotated[
     str,
@@ -14,6 +17,59 @@ StoreUrl = Annotated[
 ]
 GenerationName = Annotated[str, typer.Argument(metavar="GENERATION", help="as `ranker memory stats` lists them")]
 ChosenGeneration = Annotated[str | None, typer.Option(help="default: the current one")]
+
+
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="folder made by `ranker train`")]
+StoreOption = Annotated[str, typer.Option("--store", help="lmdb:PATH, redis://HOST:PORT/DB?namespace=NAME, …")]
+ConfigOption = Annotated[Path | None, typer.Option(help="YAML file; `ranker schema memory` lists its keys")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change one key: codes.most=50 (repeatable)")
+]
+
+
+@app.command()
+def build(
+    run: RunPath,
+    store: StoreOption,
+    config: ConfigOption = None,
+    set_: Overrides = None,
+    name: Annotated[str, typer.Option(help="of the generation; default: by what decides its records")] = "",
+    no_switch: Annotated[bool, typer.Option("--no-switch", help="leave readers with the generation they have")] = False,
+) -> None:
+    """Make the memories of all users of a run's dataset; the same command goes on where it was cut off.
+
+    For many processes: torchrun or torchx with `-m ranker.memory.build`.
+    """
+    from ranker.doctor import ensure_versions
+
+    ensure_versions()
+    from features.config_file import load_config
+    from ranker.memory.build import build as run_build
+    from ranker.memory.config import MemoryConfig
+
+    run_build(run, store, load_config(config, MemoryConfig, set_ or ()), name, not no_switch)
+
+
+@app.command()
+def refresh(
+    run: RunPath,
+    store: StoreOption,
+    dataset: Annotated[Path | None, typer.Option(help="a newer preparation; default: the run's own dataset")] = None,
+    config: ConfigOption = None,
+    set_: Overrides = None,
+    drop_vanished: Annotated[
+        bool, typer.Option("--drop-vanished", help="remove records of users whom the dataset no longer has")
+    ] = False,
+) -> None:
+    """Make anew, in the current generation, the memories of users with new events, and of nobody else."""
+    from ranker.doctor import ensure_versions
+
+    ensure_versions()
+    from features.config_file import load_config
+    from ranker.memory.config import MemoryConfig
+    from ranker.memory.refresh import refresh as run_refresh
+
+    run_refresh(run, store, dataset, load_config(config, MemoryConfig, set_ or ()), drop_vanished)
 
 
 @app.command()

@@ -30,16 +30,16 @@ class Codes(NamedTuple):
 
 
 class _Seen(NamedTuple):
-    """Groups of histories, each once: request `[P]`, code `[P]`, events `[P]`, and the last of them `[P]`."""
+    """Groups of histories, each once: request `[P]`, code `[P]`, their events `[P]`, and the last of them `[P]`."""
 
     request: Tensor
     code: Tensor
-    count: Tensor
+    events: Tensor
     last: Tensor
 
     def at(self, which: Tensor) -> _Seen:
         """Some of them."""
-        return _Seen(self.request[which], self.code[which], self.count[which], self.last[which])
+        return _Seen(self.request[which], self.code[which], self.events[which], self.last[which])
 
 
 def codes_of(config: CodesConfig, code: Tensor, start: Tensor, end: Tensor, nearest: Tensor | None = None) -> Codes:
@@ -52,7 +52,7 @@ def codes_of(config: CodesConfig, code: Tensor, start: Tensor, end: Tensor, near
     seen = _seen(code, start, end)
     seen = seen.at(torch.argsort(seen.last, descending=True, stable=True))
     if config.policy != "seen":
-        seen = seen.at(torch.argsort(seen.count, descending=True, stable=True))
+        seen = seen.at(torch.argsort(seen.events, descending=True, stable=True))
     seen = seen.at(torch.argsort(seen.request, stable=True))
     kept = _first(seen.request, config.most)
     cut = seen.request.numel() - int(kept.sum()) if config.policy != "nearest" else 0

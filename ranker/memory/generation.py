@@ -1,0 +1,104 @@
+"""Which generation a build writes: a new one, or one that an earlier build of the same records has begun."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from typing import NamedTuple
+
+from features.dataset import Dataset
+from features.progress import log
+from ranker.export.inputs import StoredBlock
+from ranker.memory.config import MemoryConfig
+from ranker.memory.store import Generation, MemoryStore, StoreError
+from ranker.memory.versions import MemoryVersions
+
+DECIDES = {"codes", "dtype", "as_of", "before"}
+"""keys of the config that decide which records there are; others only how they are made"""
+
+
+class TakenUp(NamedTuple):
+    """generation: what is known of it; done: its units that are done."""
+
+    generation: Generation
+    done: frozenset[str]
+
+
+def unit_of(partition: int) -> str:
+    """The unit of work that a partition is."""
+    return f"partition-{partition:05d}"
+
+
+def generation_of(
+    name: str,
+    run: str,
+    dataset: Dataset,
+    config: MemoryConfig,
+    versions: MemoryVersions,
+    blocks: list[StoredBlock],
+    as_of_ms: int,
+) -> Generation:
+    """The generation of these records; without a `name`, it is named by what decides them."""
+    records = json.dumps(config.model_dump(mode="json", include=DECIDES), sort_keys=True)
+    identity = f"{versions} {records} {dataset.manifest.content_hash}"
+    return Generation(
+        name=name or f"{versions.model:016x}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}",
+        model=versions.model,
+        codebook=versions.codebook,
+        dtype=config.dtype,
+        blocks={block.number: "request" if block.probe is None else "probe" for block in blocks},
+        as_of_ms=as_of_ms,
+        begun_ms=time.time_ns() // 1_000_000,
+        notes={"run": run, "dataset": dataset.manifest.content_hash, "config": records},
+    )
+
+
+def take_up(store: MemoryStore, wanted: Generation) -> TakenUp:
+    """What there is of the generation already; says so where there is something.
+
+    Raises:
+        StoreError: the store has one of that name with other records.
+    """
+    others = [one for one in store.generations() if one.name != wanted.name and one.finished_ms is None]
+    for other in others:
+        log(f"{store.url}: generation {other.name} was begun and not finished; it is of other records, and is left")
+    for old in store.generations():
+        if old.name == wanted.name:
+            refuse_other_records(old, wanted, store.url)
+            done = frozenset(store.done(old.name))
+            state = "is finished" if old.finished_ms is not None else f"goes on: {len(done)} partitions are done"
+            log(f"generation {old.name} {state}")
+            return TakenUp(old, done)
+    log(f"generation {wanted.name} begins")
+    return TakenUp(wanted, frozenset())
+
+
+def refuse_other_records(old: Generation, wanted: Generation, url: str) -> None:
+    """Raise StoreError where a generation of this name has, or is to have, other records."""
+    was = {"model": f"{old.model:016x}", "codebook": f"{old.codebook:016x}"} | old.notes
+    now = {"model": f"{wanted.model:016x}", "codebook": f"{wanted.codebook:016x}"} | wanted.notes
+    for key in ("model", "codebook", "dataset", "config"):
+        if was.get(key) != now[key]:
+            raise StoreError(
+                f"{url}: generation {old.name!r} has {key} {was.get(key)}, and this build {now[key]}; give it another "
+                f"--name, or drop that one (`ranker memory drop {url} {old.name}`)"
+            )
+
+
+def conclude(store: MemoryStore, generation: Generation, switch: bool, keep: int) -> None:
+    """Finish a generation, have readers read it, and drop older ones.
+
+    Args:
+        keep: finished generations left beside the current one and this one, the newest.
+    """
+    store.finish(generation)
+    if switch and store.current() != generation.name:
+        store.switch(generation.name)
+        log(f"{store.url}: readers read generation {generation.name} from now on")
+    current = store.current()
+    older = [one for one in store.generations() if one.name not in (current, generation.name) and one.finished_ms]
+    older.sort(key=lambda one: (one.finished_ms or 0, one.begun_ms), reverse=True)
+    for one in older[keep:]:
+        store.drop(one.name)
+        log(f"{store.url}: generation {one.name} dropped")
