@@ -122,6 +122,50 @@ def evaluate(
     return _ddp("evaluate", [run, "--split", split, *args], size, Place(image, env, mounts, max_retries), rdzv_port)
 
 
+def memory(
+    *args: str,
+    run: str,
+    store: str,
+    nnodes: int = 1,
+    nproc: int = 1,
+    cpu: int = 2,
+    gpu: int = 0,
+    memory_mb: int = 8_192,
+    image: str = "",
+    env: Optional[Dict[str, str]] = None,
+    mounts: Optional[List[str]] = None,
+    rdzv_port: int = 29_500,
+    max_retries: int = 0,
+    max_restarts: int = 0,
+) -> specs.AppDef:
+    """Make the memories of all users of a run's dataset; with restarts or retries, of those not yet made.
+
+    Args:
+        args: further arguments of `ranker.memory.build`, as --set codes.most=50 or --refresh --dataset NEWER
+        run: run folder
+        store: where they go, as redis://HOST:PORT/DB?namespace=NAME, or lmdb:PATH with one machine
+        nnodes: machines
+        nproc: processes on each machine; one for each of its GPUs
+        cpu: cores of each machine
+        gpu: GPUs of each machine
+        memory_mb: memory of each machine, MB
+        image: container image, where the scheduler takes one
+        env: environment variables, as A=1,B=2
+        mounts: folders for a container, as type=volume,src=CLAIM,dst=/shared (or type=bind,src=/host/folder,dst=…)
+        rdzv_port: on the first machine, where the machines find one another; where there is one, any free port is taken
+        max_retries: how often the scheduler may start the job again when it has failed or a machine is lost
+        max_restarts: how often the processes are started again on the same machines when one of them dies
+    """
+    if nnodes > 1 and (store.startswith("lmdb:") or ":" not in store):
+        raise ValueError(
+            f"--store {store}: LMDB is of one machine, and --nnodes is {nnodes}; use Redis, or one machine"
+        )
+    if max_restarts:
+        env = {**RESTARTED, "PET_MAX_RESTARTS": str(max_restarts), **(env or {})}
+    size, place = Size(nnodes, nproc, cpu, gpu, memory_mb), Place(image, env, mounts, max_retries)
+    return _ddp("memory.build", [run, "--store", store, *args], size, place, rdzv_port)
+
+
 def compare(
     *args: str,
     config: str,
@@ -187,7 +231,7 @@ def _ddp(command: str, arguments: list[str], size: Size, place: Place, rdzv_port
     return dist.ddp(
         *arguments,
         m=f"ranker.{command}",
-        name=f"ranker-{command}",
+        name=f"ranker-{command.split('.')[0]}",
         j=f"{size.nnodes}x{size.nproc}",
         cpu=size.cpu,
         gpu=size.gpu,

@@ -17,9 +17,13 @@ import yaml
 ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).with_name("golden")
 TRAIN = ("launch/components.py:train", "--config", "/shared/c.yaml", "--out", "/shared/run")
+STORE = "redis://store:6379/0?namespace=ranker"
+MEMORY = ("launch/components.py:memory", "--run", "/shared/run", "--store", STORE)
 RUNS = {
     "train.slurm.sh": ("launch/profiles/slurm.ini", *TRAIN),
     "train.kubernetes.yaml": ("launch/profiles/kubernetes.ini", *TRAIN),
+    "memory.slurm.sh": ("launch/profiles/slurm.ini", *MEMORY),
+    "memory.kubernetes.yaml": ("launch/profiles/kubernetes.ini", *MEMORY),
 }
 """by file: TorchX's settings, and the component with its arguments"""
 
@@ -42,7 +46,9 @@ def text_of(name: str) -> str:
     """What is submitted, with the job's name, which TorchX draws, and TorchX's version as words."""
     profile, *arguments = RUNS[name]
     request = dry_run(*arguments, profile=profile)[1].strip() + "\n"
-    request = re.sub(r"ranker-train-[a-z0-9]{10,}", "ranker-train-ID", request).replace(torchx.__version__, "VERSION")
+    request = re.sub(r"ranker-(train|memory)-[a-z0-9]{10,}", r"ranker-\1-ID", request).replace(
+        torchx.__version__, "VERSION"
+    )
     # a line of its own for each text: where TorchX breaks lines depends on the name's length
     return yaml.safe_dump(yaml.safe_load(request), width=10_000) if name.endswith(".yaml") else request
 

@@ -57,6 +57,23 @@ def test_evaluate():
     assert "-m ranker.evaluate runs/a --split valid" in out
 
 
+def test_memory():
+    out = dry_run(
+        *("-s", "local_cwd", "launch/components.py:memory", "--run", "runs/a", "--store", "lmdb:store", "--nproc", "2"),
+        *("--max_restarts", "1", "--", "--set", "codes.most=50"),
+    )
+    assert "--nproc_per_node 2" in out
+    assert "-m ranker.memory.build runs/a --store lmdb:store --set codes.most=50" in out
+    assert "'PET_MAX_RESTARTS': '1'" in out
+
+
+def test_a_store_of_one_machine_is_not_for_many():
+    with pytest.raises(RuntimeError, match=r"LMDB is of one machine, and --nnodes is 2"):
+        dry_run(
+            *("-s", "slurm", "launch/components.py:memory", "--run", "r", "--store", "lmdb:store", "--nnodes", "2"),
+        )
+
+
 def test_machines_find_one_another_at_the_port_that_is_asked_for():
     out = dry_run(
         *("-s", "slurm", "launch/components.py:evaluate", "--run", "runs/a", "--nnodes", "2", "--rdzv_port", "4242"),
@@ -114,10 +131,11 @@ def test_plain_ddp_needs_no_component():
     assert "-m ranker.train c.yaml --out r" in out
 
 
-@pytest.mark.parametrize("module", ["ranker.train", "ranker.evaluate"])
+@pytest.mark.parametrize("module", ["ranker.train", "ranker.evaluate", "ranker.memory.build"])
 def test_the_modules_they_start_take_these_arguments(module: str):
     result = subprocess.run(
         [sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
-    assert ("--out" if module == "ranker.train" else "--split") in result.stdout
+    option = {"ranker.train": "--out", "ranker.evaluate": "--split", "ranker.memory.build": "--store"}[module]
+    assert option in result.stdout
