@@ -50,6 +50,7 @@ demo: venv
 		$(BIN)/ranker evaluate demo/$$model --split test; \
 	done
 	$(BIN)/ranker export demo/uxsid --out demo/export
+	$(BIN)/ranker memory build demo/uxsid --store lmdb:demo/memories
 	$(BIN)/ranker runs $(addprefix demo/,$(DEMO_MODELS))
 
 clean:
