@@ -152,7 +152,7 @@ class Dense(nn.Module):
             history: of which the short history is read; target: as of :meth:`sequences`.
             found: `[N, out_dim]` of each long-sequence block, what candidates read there.
         """
-        request = segments_of(plain.offsets)
+        request = segments_of(plain.offsets, target.x.size(0))
         per_request = torch.cat([embedded.request, self.of_request(plain.request_dense)], 1)
         parts = [per_request[request], embedded.candidate, self.of_candidate(plain.candidate_dense)]
         if self.target_in_tower:

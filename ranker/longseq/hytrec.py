@@ -28,6 +28,7 @@ from ranker.longseq.stored import Stored, restore_parts, store_parts
 from ranker.ops.delta_rule import read_state
 from ranker.ops.jagged import offsets_of, segments_of
 from ranker.ops.next_item import in_batch_softmax
+from ranker.ops.padded import exporting
 from ranker.ops.query_tiles import in_tiles, of_tiles, out_of_tiles, tiles_of
 from ranker.ops.running_mean import RunningMeanPlan, mean_up_to, running_mean_plan
 from ranker.ops.short_attention import short_attention
@@ -188,7 +189,7 @@ class HyTRec(nn.Module):
 
     def read(self, memory: HybridMemory, target: Target) -> Tensor:
         """S_Lᵀ q of every linear layer, the long branch's mean and what the short branch answers: `[N, width]`."""
-        tiles = tiles_of(target.offsets)
+        tiles = tiles_of(target.offsets, elements=target.x.size(0))
         q = in_tiles(self.query(target.x).unflatten(1, [(self.linear_layers + 1) * self.heads, -1]), tiles)
         of_states, of_short = q.split([self.linear_layers * self.heads, self.heads], 2)
         found = [
@@ -265,7 +266,10 @@ class HyTRec(nn.Module):
 
     def _long(self, history: History, split: Tensor) -> LongOutputs:
         """The long branch, and what each request takes from it."""
-        passes = pass_each(history, split) if self.decay_by_age else pass_a_row(history, split)
+        each = self.decay_by_age
+        if not torch.jit.is_scripting():
+            each = each or exporting()
+        passes = pass_each(history, split) if each else pass_a_row(history, split)
         x, tokens = self._first_tokens(passes)
         states: list[Tensor] = []
         for layer in self.layers:
@@ -280,9 +284,9 @@ class HyTRec(nn.Module):
 
     def _tokens(self, long: History, offsets: Tensor, x: Tensor, at: Tensor | None) -> Tokens:
         """Decays and deviations of the long branch's tokens."""
-        tau, log_decay = x[:0, :1], x[:0, :1]
+        tau, log_decay = x[:, :0], x[:, :0]
         if self.decay_by_age:
-            age_ms = (long.now[segments_of(offsets)] - long.time).double()
+            age_ms = (long.now[segments_of(offsets, x.size(0))] - long.time).double()
             tau = torch.exp(-age_ms / self.period_ms).to(x.dtype).unsqueeze(1)
         else:
             since_ms = torch.nn.functional.pad((long.time[1:] - long.time[:-1]).double(), [1, 0])[: long.time.numel()]

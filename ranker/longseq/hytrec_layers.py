@@ -20,8 +20,8 @@ class Tokens(NamedTuple):
     """What layers know of the sequences beside the states.
 
     offsets: `[R + 1]` int64, the sequences; together they have all T tokens.
-    tau: `[T, 1]` e^(−age / period), in (0, 1], or empty for no decay by age.
-    log_decay: `[T, h]` −(time since the token before) / period, or empty for no decay of the state.
+    tau: `[T, 1]` e^(−age / period), in (0, 1], or `[T, 0]` for no decay by age.
+    log_decay: `[T, h]` −(time since the token before) / period, or `[T, 0]` for no decay of the state.
     mean: plan of the running means, or None where the deviation is from the token before.
     at: `[P]` int64, tokens after which the linear layers' states are wanted, or None for each sequence's last.
     """
@@ -80,7 +80,7 @@ class Tadn(nn.Module):
     def gates(self, x: Tensor, deviation: Tensor, tau: Tensor) -> Tensor:
         """g_t = a σ(W_g [x; Δx] + b_g) ⊙ τ + (1 − a) σ(W_s x + b_s): `[T, width]`, in (0, 1)."""
         dynamic = torch.sigmoid(self.dynamic(torch.cat([x, deviation], 1)))
-        if tau.size(0) > 0:
+        if tau.size(1) > 0:
             dynamic = dynamic * tau
         return torch.lerp(torch.sigmoid(self.static(x)), dynamic, torch.sigmoid(self.balance))
 
@@ -95,7 +95,7 @@ class Tadn(nn.Module):
         q, k = unit(qk.unflatten(1, [2, self.heads, -1])).unbind(1)
         v, beta = v.unflatten(1, [self.heads, -1]), torch.sigmoid(beta)
         erase = beta * g.unflatten(1, [self.heads, -1]).mean(2).clamp(min=self.least_gate)  # ĝ β
-        log_decay = tokens.log_decay if tokens.log_decay.size(0) > 0 else None
+        log_decay = tokens.log_decay if tokens.log_decay.size(1) > 0 else None
         return Writes(q, k, v, erase, beta, log_decay), g
 
     def forward(self, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
@@ -140,6 +140,6 @@ class ShortSoftmax(nn.Module):
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """States `[S, width]` to new ones."""
         q, k, v = self.projection(self.norm(x)).unflatten(1, [3, self.heads, -1]).unbind(1)
-        tiles = tiles_of(offsets)
+        tiles = tiles_of(offsets, elements=x.size(0))
         o = short_attention(in_tiles(q, tiles), tiles, k, v, offsets[:-1], offsets[1:])
         return self.feed_forward(x + self.out(out_of_tiles(o.flatten(2), tiles)))

@@ -31,7 +31,7 @@ class MeanPooling(nn.Module):
 
     def read(self, memory: MeanMemory, target: Target) -> Tensor:
         """`[N, d]`: the request's mean."""
-        return memory.mean[segments_of(target.offsets)]
+        return memory.mean[segments_of(target.offsets, target.x.size(0))]
 
     @torch.jit.export
     def store(self, memory: MeanMemory) -> Stored:

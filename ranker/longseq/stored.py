@@ -5,12 +5,14 @@ may happen to a record: it is written, read elsewhere, held in less precision, p
 or lost. A record of no numbers stands for a lost one, and restores to what an empty history encodes to.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ranker.ops.jagged import expand_windows, offsets_of
+from ranker.ops.padded import exporting, with_spare
 
 
 class Stored(NamedTuple):
@@ -49,7 +51,10 @@ def store_parts(parts: list[Tensor], counts: list[Tensor], exact: Tensor | None 
     sizes = [part.flatten(1).size(1) * count for part, count in zip(parts, counts)]  # noqa: B905  TorchScript
     whole = torch.stack(sizes).sum(0)
     start = offsets_of(whole)[:-1]
-    values = torch.zeros([int(whole.sum())], dtype=parts[0].dtype, device=parts[0].device)
+    total = 0
+    for part in parts:
+        total += part.numel()
+    values = torch.zeros([total], dtype=parts[0].dtype, device=parts[0].device)
     for part, size in zip(parts, sizes):  # noqa: B905
         place, _ = expand_windows(start, start + size)
         values = values.index_copy(0, place, part.flatten())
@@ -67,9 +72,20 @@ def restore_rows(values: Tensor, lengths: Tensor, shape: list[int]) -> Tensor:
         values: `[V]`; lengths: `[U]`, each the product of `shape`, or 0.
     """
     records = lengths.numel()
+    if not torch.jit.is_scripting() and exporting():
+        return _padded_rows(values, lengths, shape)
     rows = torch.zeros([records] + shape, dtype=values.dtype, device=values.device)  # noqa: RUF005  TorchScript
     kept = (lengths > 0).nonzero().squeeze(1)
     return rows.index_copy(0, kept, values.view([kept.numel()] + shape))  # noqa: RUF005
+
+
+@torch.jit.unused
+def _padded_rows(values: Tensor, lengths: Tensor, shape: list[int]) -> Tensor:
+    """The same without a look at how many records are lost: these read zeros behind the values."""
+    width = math.prod(shape)
+    place = offsets_of(lengths)[:-1].unsqueeze(1) + torch.arange(width, device=values.device)
+    place = torch.where(lengths.unsqueeze(1) > 0, place, values.numel())
+    return with_spare(values).index_select(0, place.flatten()).view([-1, *shape])
 
 
 def restore_parts(values: Tensor, lengths: Tensor, counts: list[Tensor], shapes: list[list[int]]) -> list[Tensor]:
@@ -85,8 +101,8 @@ def restore_parts(values: Tensor, lengths: Tensor, counts: list[Tensor], shapes:
         width = 1
         for size in shape:
             width *= size
-        place, _ = expand_windows(start, start + width * count)
-        rows = int(count.sum())
-        parts.append(values.index_select(0, place).view([rows] + shape))  # noqa: RUF005
+        row, record = expand_windows(torch.zeros_like(count), count)
+        place = (start.index_select(0, record) + width * row).unsqueeze(1) + torch.arange(width, device=values.device)
+        parts.append(values.index_select(0, place.flatten()).view([place.size(0)] + shape))  # noqa: RUF005
         start = start + width * count
     return parts

@@ -271,8 +271,13 @@ class Compress(nn.Module):
     def forward(self, pooled: Tensor) -> Tensor:
         """P `[R, K, d]` of what the anchors' attention gathered `[R, K, d]`."""
         h = self.head.value(pooled)  # (3)
-        hidden = torch.sigmoid(torch.einsum("rkd,kdm->rkm", h, self.w1) + self.b1)
-        return self.norm(h + torch.einsum("rkm,kmd->rkd", hidden, self.w2) + self.b2)  # (4)
+        hidden = torch.sigmoid(_of_anchors(h, self.w1) + self.b1)
+        return self.norm(h + _of_anchors(hidden, self.w2) + self.b2)  # (4)
+
+
+def _of_anchors(x: Tensor, w: Tensor) -> Tensor:
+    """Each anchor's own map: `[R, K, a]` by `[K, a, b]` to `[R, K, b]`; einsum would ask whether R is 1."""
+    return torch.bmm(x.transpose(0, 1), w).transpose(0, 1)
 
 
 def orthogonality(p: Tensor, by_row: bool) -> Tensor:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ranker.ops.jagged import offsets_of, segments_of
-from ranker.ops.units import in_units, merge, shared_windows, sizes_of, units_of
+from ranker.ops.padded import exporting, with_spare
+from ranker.ops.units import in_units, merge, out_of_units, shared_windows, sizes_of, units_of
 
 
 def naive_window_attention(
@@ -71,7 +72,11 @@ def window_attention(
     Returns:
         `[N, h, dv]`; zero for candidates of an empty window.
     """
-    heads, d = q.size(1), q.size(2)
+    queries, heads, d = q.size(0), q.size(1), q.size(2)
+    if not torch.jit.is_scripting() and exporting():
+        keys = with_spare(k)
+        k, v = keys, keys if v is k else with_spare(v)
+        q, bias = with_spare(q), None if bias is None else with_spare(bias)
     shared = shared_windows(q_offsets, start, end)
     width, mean_chunk = sizes_of(shared.q_offsets, shared.start, shared.end)
     chunk = chunk if chunk > 0 else mean_chunk
@@ -84,7 +89,7 @@ def window_attention(
         low = low if joined else torch.zeros_like(seen)
         high = low + seen
     hidden: Tensor | None = None  # [units, chunk, width]
-    if high.numel() > 0:
+    if joined or seen is not None:
         within = plan.within.unsqueeze(2)
         hidden = (within < in_units(low, plan)) | (within >= in_units(high, plan)) | ~plan.real_key.unsqueeze(2)
     offset: Tensor | None = None  # [units, chunk, 1 or width, 1 or heads]
@@ -125,4 +130,4 @@ def window_attention(
         weight = logits.sub_(top.unsqueeze(1)).exp_()
         summed = torch.bmm(weight.transpose(1, 2), v_of[head])
         out.append(merge(top, weight.sum(1), summed, plan.tile, tiles))
-    return torch.stack(out, 2)[plan.real_row]
+    return out_of_units(torch.stack(out, 2), plan, q_offsets, queries)

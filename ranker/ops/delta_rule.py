@@ -18,6 +18,8 @@ from torch import Tensor
 
 from ranker.ops.delta_rule_backward import DeltaRule
 from ranker.ops.delta_rule_chunks import Writes, chunked_delta_rule
+from ranker.ops.delta_rule_padded import padded_delta_rule
+from ranker.ops.padded import exporting
 from ranker.ops.query_tiles import Tiles, of_tiles
 
 __all__ = ["Writes", "chunked_delta_rule", "delta_rule", "delta_rule_kernel", "naive_delta_rule", "read_state"]
@@ -64,6 +66,8 @@ def delta_rule(
     Returns:
         o `[T, h, dv]`, and the states after each token of `at` `[P, h, dk, dv]`, or the last ones `[R, h, dk, dv]`.
     """
+    if not torch.jit.is_scripting() and exporting() and state is None and at is None:
+        return padded_delta_rule(writes, offsets, chunk)
     if not torch.jit.is_scripting() and delta_rule_kernel(offsets.device) != "chunked" and at is None and len(writes.q):
         return _fla(writes, offsets, state)
     dtype = writes.v.dtype

@@ -25,7 +25,7 @@ def group_attention(q: Tensor, offsets: Tensor, k: Tensor, v: Tensor, size: Tens
     Returns:
         `[N, h · dv]`; zero for a request none of whose groups has events.
     """
-    tiles = tiles_of(offsets)
+    tiles = tiles_of(offsets, elements=q.size(0))
     without = size.isneginf().all(1, keepdim=True)  # [R, 1, h]
     size = of_tiles(size.masked_fill(without, 0.0), tiles).transpose(1, 2).unsqueeze(2)
     logits = torch.einsum("twhd,tkhd->thwk", in_tiles(q / math.sqrt(q.size(2)), tiles), of_tiles(k, tiles)) + size

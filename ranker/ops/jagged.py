@@ -17,14 +17,18 @@ def offsets_of(lengths: Tensor) -> Tensor:
     return torch.nn.functional.pad(torch.cumsum(lengths, 0), [1, 0])
 
 
-def segments_of(offsets: Tensor) -> Tensor:
+def segments_of(offsets: Tensor, elements: int | None = None) -> Tensor:
     """Offsets `[R + 1]` to the segment of each element `[N]`.
+
+    Args:
+        elements: N where it is known, which saves looking it up.
 
     >>> segments_of(torch.tensor([0, 2, 2, 5]))
     tensor([0, 0, 2, 2, 2])
     """
     lengths = offsets[1:] - offsets[:-1]
-    return torch.repeat_interleave(torch.arange(lengths.numel(), device=offsets.device), lengths)
+    segments = torch.arange(lengths.numel(), device=offsets.device)
+    return torch.repeat_interleave(segments, lengths, output_size=elements)
 
 
 def expand_windows(start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:

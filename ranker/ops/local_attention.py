@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ranker.ops.chunks import chunks_of, rows_back, rows_of
 from ranker.ops.length_groups import in_group, length_groups, out_of_groups
+from ranker.ops.padded import exporting, in_places, out_of_places, padded_rows, widest
 
 
 def naive_local_attention(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, window: int) -> Tensor:
@@ -36,6 +37,8 @@ def local_attention(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, window: in
         `[T, h, dv]`.
     """
     tokens, heads = q.size(0), q.size(1)
+    if not torch.jit.is_scripting() and exporting():
+        return _padded(q, k, v, offsets, window)
     if tokens == 0:
         return v + 0 * (q.sum() + k.sum())
     if window == 0:
@@ -79,3 +82,33 @@ def _back(active: list[int], device: torch.device) -> Tensor:
     many as the rank before has chunks."""
     counts = torch.tensor(active, device=device)
     return torch.repeat_interleave(torch.nn.functional.pad(counts[:-1], [1, 0]), counts)
+
+
+@torch.jit.unused
+def _padded(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, window: int) -> Tensor:
+    """Every sequence with as many chunks as the longest; chunks of the half window attend to their own and those before
+    it that they see."""
+    start, end, tokens = offsets[:-1], offsets[1:], q.size(0)
+    if window == 0:
+        row = padded_rows(start, end, widest(end - start), tokens)
+        parts = [in_places(x, row).transpose(1, 2) for x in (q, k, v)]
+        found = scaled_dot_product_attention(parts[0], parts[1], parts[2], is_causal=True)
+        return out_of_places(found.transpose(1, 2), offsets, tokens)
+    size = 16
+    while size < 128 and size * 2 < window:
+        size *= 2
+    reach = (window + size - 2) // size
+    chunks = widest(torch.div(end - start + (size - 1), size, rounding_mode="floor"))
+    row = padded_rows(start, end, chunks * size, tokens)
+    queries = in_places(q, row).unflatten(1, [chunks, size]).flatten(0, 1).transpose(1, 2)
+    # the places of a chunk's keys in its sequence: those before it are of a chunk before the first, too
+    first = torch.arange(chunks, device=q.device).unsqueeze(1) * size
+    place = first + torch.arange(-reach * size, size, device=q.device)  # [chunks, (reach + 1) · size]
+    of_keys = row.index_select(1, place.clamp(min=0).flatten())
+    keys = in_places(k, of_keys).unflatten(1, place.shape).flatten(0, 1).transpose(1, 2)
+    values = in_places(v, of_keys).unflatten(1, place.shape).flatten(0, 1).transpose(1, 2)
+    behind = (first + torch.arange(size, device=q.device)).unsqueeze(2) - place.unsqueeze(1)
+    seen = (behind >= 0) & (behind < window) & (place >= 0).unsqueeze(1)  # [chunks, size, (reach + 1) · size]
+    seen = seen.repeat(start.numel(), 1, 1).unsqueeze(1)
+    found = scaled_dot_product_attention(queries, keys, values, attn_mask=seen).transpose(1, 2)
+    return out_of_places(found.unflatten(0, [-1, chunks]).flatten(1, 2), offsets, tokens)

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ranker.ops.jagged import log_bucket
 from ranker.ops.length_groups import in_group, length_groups, out_of_groups
+from ranker.ops.padded import exporting, in_places, out_of_places, padded_rows, widest
 
 
 def naive_pointwise_attention(
@@ -56,6 +57,8 @@ def pointwise_attention(
     Returns:
         `[T, h, dv]`.
     """
+    if not torch.jit.is_scripting() and exporting():
+        return _padded(q, k, v, offsets, second, between, elapsed)
     groups = length_groups(offsets, 1 << 15)  # so many tokens side by side
     if len(groups) == 0:
         return v + 0 * (q.sum() + k.sum() + between.sum() + elapsed.sum())
@@ -75,6 +78,19 @@ def pointwise_attention(
                 found.append(_recomputed(now, past, of_past, at[:, :end], between, elapsed))
         out.append(torch.cat(found, 2))
     return out_of_groups(out, groups)
+
+
+@torch.jit.unused
+def _padded(
+    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, second: Tensor, between: Tensor, elapsed: Tensor
+) -> Tensor:
+    """All sequences side by side; padding comes after a sequence's tokens, which do not see it."""
+    start, end = offsets[:-1], offsets[1:]
+    row = padded_rows(start, end, widest(end - start), q.size(0))
+    at = in_places(second, row)
+    parts = [in_places(x, row).transpose(1, 2) for x in (q, k, v)]
+    found = _attend(parts[0], parts[1], parts[2], (at - at[:, :1]).int(), between, elapsed)
+    return out_of_places(found.transpose(1, 2), offsets, q.size(0))
 
 
 @torch.jit.unused

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ranker.ops.jagged import expand_windows, offsets_of, segments_of
+from ranker.ops.padded import exporting, widest, with_spare
 
 
 class Tiles(NamedTuple):
@@ -28,9 +29,15 @@ class Tiles(NamedTuple):
     whole: bool
 
 
-def tiles_of(offsets: Tensor, most: int = 128) -> Tiles:
-    """Of the queries ``offsets[r] : offsets[r + 1]`` of request r, as wide as the mean request, at most `most`."""
+def tiles_of(offsets: Tensor, most: int = 128, elements: int | None = None) -> Tiles:
+    """Of the queries ``offsets[r] : offsets[r + 1]`` of request r, as wide as the mean request, at most `most`.
+
+    Args:
+        elements: N where it is known: an exported graph needs it.
+    """
     count = offsets[1:] - offsets[:-1]
+    if not torch.jit.is_scripting() and exporting():
+        return _padded(offsets, count, elements)
     requests = count.numel()
     queries, none = 0, offsets[:0]
     if requests > 0:
@@ -48,8 +55,21 @@ def tiles_of(offsets: Tensor, most: int = 128) -> Tiles:
     return Tiles(row.flatten(), place, request, width, False)
 
 
+@torch.jit.unused
+def _padded(offsets: Tensor, count: Tensor, elements: int | None) -> Tiles:
+    """A tile a request, padded to the greatest."""
+    width = widest(count)
+    row = offsets[:-1].unsqueeze(1) + torch.arange(width, device=offsets.device)
+    row = torch.minimum(row, (offsets[1:].unsqueeze(1) - 1).clamp(min=0))
+    owner = segments_of(offsets, elements)
+    place = owner * width + torch.arange(owner.numel(), device=offsets.device) - offsets.index_select(0, owner)
+    return Tiles(row.flatten(), place, torch.arange(count.numel(), device=offsets.device), width, False)
+
+
 def in_tiles(x: Tensor, tiles: Tiles) -> Tensor:
     """Queries `[N, h, d]` to `[t, w, h, d]`."""
+    if not torch.jit.is_scripting() and exporting():
+        x = with_spare(x)
     if not tiles.whole:
         x = x.index_select(0, tiles.row)
     return x.view(-1, tiles.width, x.size(1), x.size(2))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ranker.ops.jagged import segment_sum, segments_of
+from ranker.ops.padded import exporting
 
 
 class RunningMeanPlan(NamedTuple):
@@ -30,6 +31,8 @@ class RunningMeanPlan(NamedTuple):
 
 def running_mean_plan(offsets: Tensor, like: Tensor, block: int = 32) -> RunningMeanPlan:
     """A plan for the sequences ``offsets[r] : offsets[r + 1]``, which have all tokens, in the type of `like`."""
+    if not torch.jit.is_scripting() and exporting():
+        return _traced_plan(offsets, segments_of(offsets, like.size(0)), like)
     segment = segments_of(offsets)
     tokens = segment.numel()
     blocks = (tokens + block - 1) // block
@@ -52,6 +55,9 @@ def running_mean_plan(offsets: Tensor, like: Tensor, block: int = 32) -> Running
 def running_mean(x: Tensor, plan: RunningMeanPlan) -> Tensor:
     """Mean of the tokens of its sequence up to each token, itself included: `[T, d]` to `[T, d]`."""
     blocks, block = plan.weight.size(0), plan.weight.size(1)
+    if not torch.jit.is_scripting() and exporting():
+        running = torch.nn.functional.pad(torch.cumsum(x.double(), 0), [0, 0, 1, 0])
+        return ((running[1:] - running.index_select(0, plan.begin)) * plan.carried.squeeze(1)).to(x.dtype)
     if blocks == 0:
         return x
     blocked = torch.nn.functional.pad(x, [0, 0, 0, blocks * block - x.size(0)]).view(blocks, block, x.size(1))
@@ -73,3 +79,12 @@ def mean_up_to(x: Tensor, first: Tensor, end: Tensor) -> Tensor:
     before = torch.nn.functional.pad(sums, [0, 0, 1, 0])  # [i]: the sum of all tokens before the i-th end
     total = before[torch.searchsorted(ends, end, right=True)] - before[torch.searchsorted(ends, first, right=True)]
     return (total / (end - first).clamp(min=1).unsqueeze(1)).to(x.dtype)
+
+
+@torch.jit.unused
+def _traced_plan(offsets: Tensor, segment: Tensor, like: Tensor) -> RunningMeanPlan:
+    """Blocks of one token, for a traced graph: means are differences of one running sum over all tokens."""
+    first = offsets.index_select(0, segment)
+    count = torch.arange(segment.numel(), device=offsets.device) - first + 1
+    ones = torch.ones([1, 1, 1], dtype=like.dtype, device=like.device)
+    return RunningMeanPlan(ones, count.double().reciprocal().view(-1, 1, 1), ones, first)

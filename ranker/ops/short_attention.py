@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from ranker.ops.padded import exporting, in_places, padded_rows, widest
 from ranker.ops.query_tiles import Tiles, of_tiles
 
 
@@ -21,6 +22,8 @@ def short_attention(q: Tensor, tiles: Tiles, k: Tensor, v: Tensor, start: Tensor
         `[t, w, h, dv]`; zero for queries of an empty window.
     """
     length = end - start
+    if not torch.jit.is_scripting() and exporting():
+        return _padded(q, tiles, k, v, start, length)
     longest = int(length.max()) if length.numel() > 0 else 0
     if longest == 0:
         none = torch.zeros([q.size(0), q.size(1), q.size(2), v.size(2)], dtype=v.dtype, device=v.device)
@@ -36,4 +39,15 @@ def short_attention(q: Tensor, tiles: Tiles, k: Tensor, v: Tensor, start: Tensor
         # an empty window has one key, whose value is zero
         seen = of_tiles(real | (within == 0), tiles).unsqueeze(1).unsqueeze(1)
     keys, values = of_tiles(keys, tiles), of_tiles(values, tiles)
+    return scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=seen).transpose(1, 2)
+
+
+@torch.jit.unused
+def _padded(q: Tensor, tiles: Tiles, k: Tensor, v: Tensor, start: Tensor, length: Tensor) -> Tensor:
+    """The same without a look at the lengths but the greatest."""
+    event = padded_rows(start, start + length, widest(length), k.size(0))
+    first = torch.arange(event.size(1), device=k.device) == 0  # an empty window has one key, whose value is zero
+    seen = of_tiles((event < k.size(0)) | first, tiles).unsqueeze(1).unsqueeze(1)
+    keys = of_tiles(in_places(k, event), tiles).transpose(1, 2)
+    values = of_tiles(in_places(v, event), tiles).transpose(1, 2)
     return scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=seen).transpose(1, 2)

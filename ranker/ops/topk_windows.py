@@ -79,7 +79,7 @@ def topk_windows(
         `[N, h, K]` int64, the best first; −1 where a window has fewer events.
     """
     q, k, heads, d = q.detach(), k.detach(), q.size(1), q.size(2)
-    tiles = tiles_of(q_offsets)
+    tiles = tiles_of(q_offsets, elements=q.size(0))
     length, order = torch.sort(of_tiles(end - start, tiles), descending=True, stable=True)
     first = of_tiles(start, tiles)[order]
     first_pair = of_tiles(torch.cumsum(end - start, 0) - (end - start), tiles)[order]

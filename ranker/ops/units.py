@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ranker.ops.jagged import expand_windows, segment_sum, segments_of
+from ranker.ops.padded import exporting, out_of_places, widest, with_spare
 
 
 class Units(NamedTuple):
@@ -49,6 +50,9 @@ def shared_windows(q_offsets: Tensor, start: Tensor, end: Tensor, most_queries: 
     about a half, so that little is covered that a request has not. Not where requests have more than `most_queries` on
     the mean: what is gathered is little there beside what is computed."""
     requests, none = start.numel(), start[:0]
+    if not torch.jit.is_scripting() and exporting():
+        begin = torch.where(end > start, start, 0)  # a place that there is, for an empty window's padding
+        return SharedWindows(q_offsets, begin, torch.maximum(begin, end * (end > start)), none, none)
     queries = int(q_offsets[-1]) if requests > 1 else 0
     if queries == 0 or queries > most_queries * requests:
         return SharedWindows(q_offsets, start, end, none, none)
@@ -78,6 +82,8 @@ def shared_windows(q_offsets: Tensor, start: Tensor, end: Tensor, most_queries: 
 def sizes_of(q_offsets: Tensor, start: Tensor, end: Tensor) -> tuple[int, int]:
     """Of a tile: the mean request's queries, at most 128; and of a chunk: the mean window's length to the next power of
     two, between 16 and 128."""
+    if not torch.jit.is_scripting() and exporting():
+        return widest(q_offsets[1:] - q_offsets[:-1]), widest(end - start)
     requests = max(start.numel(), 1)
     events, chunk = int((end - start).sum()), 16
     while chunk < 128 and chunk * requests < events:
@@ -88,6 +94,8 @@ def sizes_of(q_offsets: Tensor, start: Tensor, end: Tensor) -> tuple[int, int]:
 
 def units_of(q_offsets: Tensor, start: Tensor, end: Tensor, width: int, chunk: int) -> Units:
     """Queries cut into tiles of `width`, windows into chunks of `chunk`."""
+    if not torch.jit.is_scripting() and exporting():
+        return _padded_units(q_offsets, start, end, width, chunk)
     tile_rank, tile_request = _split(q_offsets[1:] - q_offsets[:-1], width)
     row = (q_offsets[:-1][tile_request] + tile_rank * width).unsqueeze(1) + torch.arange(width, device=start.device)
     last_row = q_offsets[1:][tile_request].unsqueeze(1) - 1
@@ -101,8 +109,17 @@ def units_of(q_offsets: Tensor, start: Tensor, end: Tensor, width: int, chunk: i
     )
 
 
+def out_of_units(out: Tensor, plan: Units, q_offsets: Tensor, queries: int) -> Tensor:
+    """What was found for the places of tiles `[tiles, width, ...]`, for each query `[N, ...]`; N = `queries`."""
+    if not torch.jit.is_scripting() and exporting():  # a tile is a request
+        return out_of_places(out, q_offsets, queries)
+    return out[plan.real_row]
+
+
 def in_units(x: Tensor, plan: Units) -> Tensor:
     """What each query has `[N]`, for the queries of every unit: `[units, 1, width]`."""
+    if not torch.jit.is_scripting() and exporting():
+        x = with_spare(x)
     return x.index_select(0, plan.row.flatten()).view(plan.row.shape).index_select(0, plan.tile).unsqueeze(1)
 
 
@@ -112,6 +129,20 @@ def rescale(top: Tensor, unit_tile: Tensor, tiles: int) -> tuple[Tensor, Tensor]
     greatest = torch.full([tiles, top.size(1)], float("-inf"), dtype=top.dtype, device=top.device)
     greatest = greatest.scatter_reduce(0, index, top, "amax")
     return greatest, torch.exp(top - greatest.index_select(0, unit_tile))
+
+
+@torch.jit.unused
+def _padded_units(q_offsets: Tensor, start: Tensor, end: Tensor, width: int, chunk: int) -> Units:
+    """One tile a request and one unit a tile, padded to the greatest request and window: of no use where these differ
+    much, but without a size that follows from more than two numbers of the data."""
+    count, length = q_offsets[1:] - q_offsets[:-1], end - start
+    request = torch.arange(start.numel(), device=start.device)
+    place, event = torch.arange(width, device=start.device), torch.arange(chunk, device=start.device)
+    last = (q_offsets[1:].unsqueeze(1) - 1).clamp(min=0)
+    row = torch.minimum(q_offsets[:-1].unsqueeze(1) + place, last)
+    real_row = place < count.unsqueeze(1)
+    within = torch.minimum(event, (length.unsqueeze(1) - 1).clamp(min=0))
+    return Units(row, real_row, request, request, within, event < length.unsqueeze(1))
 
 
 def _split(lengths: Tensor, size: int) -> tuple[Tensor, Tensor]:

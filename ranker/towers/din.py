@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from ranker.longseq.protocol import History, Target, covered, latest
 from ranker.ops.jagged import log_bucket, segment_sum, segments_of
-from ranker.ops.units import in_units, merge, shared_windows, sizes_of, units_of
+from ranker.ops.padded import exporting, with_spare
+from ranker.ops.units import in_units, merge, out_of_units, shared_windows, sizes_of, units_of
 
 
 class DIN(nn.Module):
@@ -62,12 +63,17 @@ class DIN(nn.Module):
     def forward(self, history: History, target: Target) -> Tensor:
         """`[N, dim]`; zero for an empty history."""
         history = latest(history, self.length)
-        if self.length > 0:
+        if self.length > 0 and (torch.jit.is_scripting() or not exporting()):
             history = covered(history)
+        candidates = target.x.size(0)
+        if not torch.jit.is_scripting() and exporting():
+            history = history._replace(x=with_spare(history.x), time=with_spare(history.time))
+            target = target._replace(x=with_spare(target.x))
         dim, width = target.x.size(1), self.bias.numel()
         shared = shared_windows(target.offsets, history.start, history.end)
         tile_width, chunk = sizes_of(shared.q_offsets, shared.start, shared.end)
-        chunk = min(chunk, 64)  # narrower products than attention's: padding costs more than batches do
+        if torch.jit.is_scripting() or not exporting():
+            chunk = min(chunk, 64)  # narrower products than attention's: padding costs more than batches do
         plan = units_of(shared.q_offsets, shared.start, shared.end, tile_width, chunk)
         tiles, units = plan.row.size(0), plan.tile.numel()
 
@@ -84,7 +90,7 @@ class DIN(nn.Module):
         hidden = torch.bmm(seen_event, maps.index_select(0, plan.tile))  # [units, chunk, tile_width · width]
         age = self.age
         if age is not None:
-            now = in_units(history.now.index_select(0, segments_of(target.offsets)), plan)
+            now = in_units(history.now.index_select(0, segments_of(target.offsets, candidates)), plan)
             age_s = (now - history.time[event].view(units, chunk, 1)) // 1000
             hidden = hidden.add_(age[log_bucket(age_s, self.age_buckets)].flatten(2))
         hidden = hidden.relu_().view(units, chunk, tile_width, width)
@@ -101,4 +107,4 @@ class DIN(nn.Module):
             out = merge(top, weight.sum(2), torch.bmm(weight, x), plan.tile, tiles)
         else:
             out = segment_sum(torch.bmm(weight * real, x), plan.tile, tiles)
-        return out[plan.real_row]
+        return out_of_units(out, plan, target.offsets, candidates)

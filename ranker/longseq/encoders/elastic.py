@@ -135,7 +135,7 @@ class Dispatch(nn.Module):
     def forward(self, x: Tensor, events: History, experts: Tensor, bounds: Tensor) -> Tensor:
         """Events `[P, width]` to new ones."""
         k, v = self.heads.keys_values(self.expert_norm(experts))
-        tiles = tiles_of(torch.nn.functional.pad(events.end, [1, 0]))
+        tiles = tiles_of(torch.nn.functional.pad(events.end, [1, 0]), elements=x.size(0))
         q = in_tiles(self.heads.queries(self.event_norm(x)), tiles)
         found = short_attention(q, tiles, k, v, bounds[:-1], bounds[1:])
         return self.feed_forward(x + self.out(out_of_tiles(found.flatten(2), tiles)))

@@ -30,6 +30,7 @@ from ranker.longseq.hytrec_layers import FeedForward, ShortSoftmax
 from ranker.longseq.protocol import History, latest
 from ranker.ops.attention import window_attention
 from ranker.ops.jagged import expand_windows, log_bucket, offsets_of
+from ranker.ops.padded import exporting, held_open
 
 
 class Sight(NamedTuple):
@@ -147,13 +148,20 @@ class TokenMerge(nn.Module):
         back = end[request] - 1 - event
         group = offsets[1:][request] - 1 - torch.div(back, self.merge, rounding_mode="floor")
         place = group * self.merge + (self.merge - 1 - back % self.merge)
-        tokens = int(offsets[-1])
+        tokens = _last(offsets)
         inner = self.inner
         if inner is not None:
             x = inner(x, offsets_of(torch.bincount(group, minlength=tokens)))
         slots = torch.zeros([tokens * self.merge, x.size(1)], dtype=x.dtype, device=x.device)
         grouped = slots.index_copy(0, place, x).view(tokens, self.merge * x.size(1))
         return self.norm(self.linear(grouped)), offsets
+
+
+def _last(offsets: Tensor) -> int:
+    """The number of merged tokens."""
+    if not torch.jit.is_scripting() and exporting():
+        return held_open(offsets[-1])
+    return int(offsets[-1])
 
 
 class SightedAttention(nn.Module):

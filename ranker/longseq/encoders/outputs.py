@@ -65,10 +65,10 @@ class Outputs(nn.Module):
             some = memory.end > memory.start
             state = torch.zeros([some.numel(), self.width], dtype=memory.k.dtype, device=memory.k.device)
             state = state.index_copy(0, some.nonzero().squeeze(1), memory.k.squeeze(1))
-            return token * state.index_select(0, segments_of(offsets))
+            return token * state.index_select(0, segments_of(offsets, token.size(0)))
         q = project.queries(token)
         if self.short:
-            tiles = tiles_of(offsets)
+            tiles = tiles_of(offsets, elements=q.size(0))
             found = short_attention(in_tiles(q, tiles), tiles, memory.k, memory.v, memory.start, memory.end)
             return out_of_tiles(found.flatten(2), tiles)
         return window_attention(q, offsets, memory.k, memory.v, memory.start, memory.end).flatten(1)

@@ -72,7 +72,11 @@ class SASRec(Encoder):
         """The last layer's tokens `[P, width]`, and each request's `[R]` start and end in them."""
         events = self.tokens.of_windows(latest(history, self.length))
         offsets = torch.nn.functional.pad(events.end, [1, 0])
-        back = events.end[segments_of(offsets)] - 1 - torch.arange(events.x.size(0), device=events.x.device)
+        back = (
+            events.end[segments_of(offsets, events.x.size(0))]
+            - 1
+            - torch.arange(events.x.size(0), device=events.x.device)
+        )
         position = self.position
         vector = position[back] if position is not None else sinusoids(back, self.width).to(events.x.dtype)
         x = events.x + vector

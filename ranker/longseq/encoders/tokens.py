@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from ranker.longseq.protocol import History, compact
 from ranker.ops.jagged import log_bucket, segments_of
+from ranker.ops.padded import exporting
 
 
 class Tokens(nn.Module):
@@ -30,19 +31,25 @@ class Tokens(nn.Module):
         """Candidates, or events without their age: `[n, dim]` to `[n, width]`."""
         return self.norm(self.project(x))
 
+    def _once(self, history: History) -> bool:
+        """Whether fewer events are mapped where each is mapped once."""
+        if not torch.jit.is_scripting() and exporting():
+            return True
+        return history.x.size(0) < int((history.end - history.start).sum())
+
     def of_windows(self, history: History) -> History:
         """The same windows over tokens `[P, width]` of their own events alone, request after request.
 
         Each event is mapped once, or once for each window that it is in, whichever is less work.
         """
-        once = history.x.size(0) < int((history.end - history.start).sum())
+        once = self._once(history)
         if once:
             history = _with_tokens(history, self.forward(history.x))
         events = compact(history)
         x = events.x if once else self.forward(events.x)
         age = self.age
         if age is not None:
-            now = events.now[segments_of(torch.nn.functional.pad(events.end, [1, 0]))]
+            now = events.now[segments_of(torch.nn.functional.pad(events.end, [1, 0]), events.time.numel())]
             x = x + age[log_bucket((now - events.time) // 1000, age.size(0))]
         return _with_tokens(events, x)
 
