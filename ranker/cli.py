@@ -135,13 +135,20 @@ def export(
             min=1, help="compare scores on so many requests, of other splits too where the held-out has fewer"
         ),
     ] = 10_000,
+    compiled: Annotated[
+        Literal["off", "try", "require"],
+        typer.Option(
+            help="packages of native code (AOTInductor) too, which takes minutes and g++: none, those that can be made "
+            "here, or all, else nothing is exported"
+        ),
+    ] = "off",
 ) -> None:
     """Write the ranker as TorchScript with its manifest, whole and as a user encoder and a candidate ranker; refused
     unless their scores equal the trainer's."""
     ensure_versions()
     from ranker.export import export as write
 
-    write(run, out, requests)
+    write(run, out, requests, compiled)
 
 
 @app.command()

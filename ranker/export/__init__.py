@@ -4,7 +4,7 @@
 :mod:`.parity` compares every file's scores with the trainer's; :mod:`.manifest` describes them to a server.
 """
 
-from ranker.export.command import export, through_pair
+from ranker.export.command import export
 from ranker.export.inputs import (
     StoredBlock,
     encoder_inputs_of,
@@ -17,6 +17,7 @@ from ranker.export.inputs import (
 )
 from ranker.export.pair import CandidateRanker, UserEncoder
 from ranker.export.restored import ExportError, unsharded
+from ranker.export.ways import through_pair
 from ranker.export.whole import ServedRanker, known_ids, sizes
 
 __all__ = [

@@ -7,49 +7,35 @@ import shutil
 import warnings
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-
 from features.batch import RequestBatch
+from features.dataset import Dataset
 from features.errors import UserError
 from features.progress import log
-from features.selection import FeatureSpec, resolve
+from features.selection import Selection, resolve
 from ranker.config import TrainConfig
 from ranker.evaluate import restore
 from ranker.evaluation.predict import scoring_loader, selection_of
-from ranker.export.inputs import (
-    File,
-    StoredBlock,
-    encoder_inputs_of,
-    inputs_of,
-    no_pair_because,
-    probes_of,
-    ranker_inputs_of,
-    short_length_of,
-    stored_blocks,
-)
+from ranker.export.compiled import Compiling, Package
 from ranker.export.manifest import write_manifest
-from ranker.export.pair import CandidateRanker, UserEncoder
-from ranker.export.parity import Score, Way, compare, refuse_differences
+from ranker.export.parity import compare, refuse_differences
 from ranker.export.restored import unsharded
-from ranker.export.whole import ServedRanker
-from ranker.model import Ranker
-from ranker.ranks import join_ranks
+from ranker.export.ways import modules_of, ways_through, write_packages, write_scripted
+from ranker.ranks import Ranks, join_ranks
 from ranker.run import Run, refuse_existing
 from ranker.towers import esmm_probabilities
 
 REQUESTS = 10_000
 """compared, where the dataset has as many"""
-WHOLE = File("ranker.pt", "ranker")
-ENCODER = File("user_encoder.pt", "user_encoder")
-READER = File("candidate_ranker.pt", "candidate_ranker")
+TRACED = (5, 3, 1)
+"""requests that packages are traced with, then tried on"""
 
 
-def export(run_root: Path, out: Path, requests: int = REQUESTS) -> float:
+def export(run_root: Path, out: Path, requests: int = REQUESTS, compiling: Compiling = "off") -> float:
     """Export a run's best checkpoint; the greatest difference of the whole ranker's scores from the trainer's.
 
     Args:
         requests: held-out requests to compare scores on; other splits follow where the held-out one has fewer.
+        compiling: compiled packages beside TorchScript: none, those that can be made here, or all of them.
 
     Raises:
         ExportError: scores differ by more than is allowed; nothing is left at `out`.
@@ -61,7 +47,7 @@ def export(run_root: Path, out: Path, requests: int = REQUESTS) -> float:
     aside = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
         aside.mkdir(parents=True)
-        difference = _export(run, aside, requests)
+        difference = _export(run, aside, requests, compiling)
         if out.exists():
             out.rmdir()
         aside.rename(out)
@@ -71,14 +57,22 @@ def export(run_root: Path, out: Path, requests: int = REQUESTS) -> float:
     return difference
 
 
-def _export(run: Run, folder: Path, requests: int) -> float:
+def _export(run: Run, folder: Path, requests: int, compiling: Compiling) -> float:
     dataset, config = run.dataset(), run.config
     spec = resolve(config.features, dataset.manifest)
     selection = selection_of(config, dataset, spec)
     with join_ranks("cpu", config.training.threads, config.loader.workers) as ranks, warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning)  # torch.jit still is what C++ servers load
         trained = restore(run, ranks)
-        ways = ways_of(unsharded(trained, spec, run), spec, config, folder)
+        modules = modules_of(unsharded(trained, spec, run), spec, config)
+        write_scripted(modules, folder)
+        packages: list[Package] = []
+        if compiling != "off":
+            batches = [_first(config, dataset, selection, ranks, requests) for requests in TRACED]
+            packages = write_packages(modules, batches, spec, config, folder, compiling)
+        whole = len(modules) == 1
+        del modules  # beside the trainer's tables memory holds those that are loaded, and not these too
+        ways = ways_through(folder, whole, packages, spec, config)
         trained.eval()
         parity = compare(
             lambda batch: esmm_probabilities(trained(batch).logits),
@@ -91,41 +85,12 @@ def _export(run: Run, folder: Path, requests: int) -> float:
         )
         refuse_differences(parity)
     files = [file for way in ways for file in way.files]
-    write_manifest(folder, run, selection, files, parity)
+    write_manifest(folder, run, selection, files, parity, packages)
     return parity.ways["ranker"].greatest_difference
 
 
-def ways_of(ranker: Ranker, spec: FeatureSpec, config: TrainConfig, folder: Path) -> list[Way]:
-    """Write the files, load them again, and say how each must score."""
-    reason = no_pair_because(config)
-    ranker.requires_grad_(False)  # a server has no use for a graph of what it computed
-    _save(ServedRanker(ranker, spec), folder / WHOLE.name)
-    if reason is None:
-        _save(UserEncoder(ranker, spec, config.tables), folder / ENCODER.name)
-        _save(CandidateRanker(ranker, spec, config.tables), folder / READER.name)
-    del ranker  # beside the trainer's tables memory holds those that are loaded, and not these too
-    whole = torch.jit.load(str(folder / WHOLE.name))
-    ways = [Way("ranker", lambda batch: whole(**inputs_of(batch)), (WHOLE,))]
-    if reason is not None:
-        log(f"no user encoder and no candidate ranker: {reason}")
-        return ways
-    encoder, reader = (torch.jit.load(str(folder / file.name)) for file in (ENCODER, READER))
-    score = through_pair(encoder, reader, spec, stored_blocks(config, spec), short_length_of(config))
-    return [*ways, Way("pair", score, (ENCODER, READER), against="ranker")]
-
-
-def through_pair(
-    encoder: nn.Module, ranker: nn.Module, spec: FeatureSpec, blocks: list[StoredBlock], short_length: int | None
-) -> Score:
-    """Records made and read at once."""
-
-    def score(batch: RequestBatch) -> Tensor:
-        probes, records = probes_of(batch, blocks)
-        memory = encoder(**encoder_inputs_of(batch, probes)) | records
-        return ranker(**ranker_inputs_of(batch, spec, short_length), memory=memory)
-
-    return score
-
-
-def _save(module: nn.Module, file: Path) -> None:
-    torch.jit.script(module.eval()).save(str(file))
+def _first(config: TrainConfig, dataset: Dataset, selection: Selection, ranks: Ranks, requests: int) -> RequestBatch:
+    """A batch of the held-out split's first requests."""
+    smaller = config.model_copy(update={"loader": config.loader.model_copy(update={"requests": requests})})
+    split = dataset.manifest.filled_splits()[-1]
+    return next(iter(scoring_loader(smaller, dataset, split, selection, ranks).batches()))

@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from features.batch import RequestBatch, names
 from features.selection import FeatureSpec
@@ -120,6 +121,19 @@ def ranker_inputs_of(batch: RequestBatch, spec: FeatureSpec, short_length: int |
         | {"event_dense": batch.event_dense[event], "event_time": batch.event_time[event]}
         | {"now": batch.now, "start": first, "end": first + batch.end - start, "offsets": batch.offsets}
     )
+
+
+def without_history(batch: RequestBatch, spec: FeatureSpec) -> RequestBatch:
+    """The same requests of users who have no events."""
+    features = len(spec.sequence) + len(spec.event) + len(spec.content)
+    lengths = batch.sequence.lengths().clone()
+    lengths[: features * batch.requests] = 0
+    values = batch.sequence.values()[features * batch.event_time.numel() :]
+    sequence = KeyedJaggedTensor(batch.sequence.keys(), values, lengths=lengths)
+    of_events = ("event_dense", "event_codes", "event_time")
+    none = {name: getattr(batch, name)[:0] for name in of_events}
+    zero = torch.zeros_like(batch.start)
+    return batch._replace(sequence=sequence, start=zero, end=zero, history_length=zero, **none)
 
 
 def short_length_of(config: TrainConfig) -> int | None:

@@ -1,8 +1,9 @@
 """``manifest.json``: what a server must know of the files beside it.
 
 `files` has each file's inputs, by name with type and number of dimensions, and its outputs; `memory` says which blocks
-a store keeps, and what for; `keys` are the features of keyed inputs and of columns, in their order; `parity` is how
-well each way through the files scores as the trainer does.
+a store keeps, and what for; `compiled`, the packages: how C++ gives their inputs, or why one was left out; `keys` are
+the features of keyed inputs and of columns, in their order; `parity` is how well each way through the files scores as
+the trainer does.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from features.dataset import Manifest
 from features.hashing import FUNCTION, RULE
 from features.selection import FeatureSpec, Selection
 from ranker.config import TrainConfig
+from ranker.export.compiled import Package
 from ranker.export.inputs import (
     File,
     StoredBlock,
@@ -44,7 +46,9 @@ RECORDS = {
 """fields of a block's records, as :class:`ranker.longseq.stored.Stored` has them: by name they are NUMBER.FIELD"""
 
 
-def write_manifest(folder: Path, run: Run, selection: Selection, files: Sequence[File], parity: Parity) -> None:
+def write_manifest(
+    folder: Path, run: Run, selection: Selection, files: Sequence[File], parity: Parity, packages: Sequence[Package]
+) -> None:
     """Describe the files of a folder, in the folder."""
     dataset, config, spec = run.dataset(), run.config, selection.spec
     metrics = run.root / "metrics.json"
@@ -53,6 +57,7 @@ def write_manifest(folder: Path, run: Run, selection: Selection, files: Sequence
         {
             "name": config.name,
             "files": {file.name: _described(file, selection, config) for file in files},
+            "compiled": {package.name: package.as_json() for package in packages},
             "memory": _memory(run, spec),
             "keys": {
                 "request": names(spec.request),

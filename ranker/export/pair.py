@@ -91,7 +91,7 @@ class UserEncoder(nn.Module):
                 code, request = probes[f"{i}.code"], probes[f"{i}.request"]
                 feature = block.probe_start // block.dim  # type: ignore[operator]
                 ids.append(torch.where(place == feature, code.unsqueeze(0), 0))
-                of_request = of_request + torch.bincount(request, minlength=now.numel())
+                of_request = of_request.index_add(0, request, torch.ones_like(request))
         return torch.cat(ids, 1).flatten(), of_request
 
 

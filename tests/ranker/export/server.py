@@ -9,13 +9,17 @@ from typing import Any
 
 import torch
 
+from ranker.export.compiled import load
+
 SERVER = """
 import sys
 import torch
+import torch._inductor
 import fbgemm_gpu
 calls, expected = torch.load(sys.argv[1])
 for (file, inputs), outputs in zip(calls, expected, strict=True):
-    found = torch.jit.load(file)(**inputs)
+    load = torch._inductor.aoti_load_package if file.endswith(".pt2") else torch.jit.load
+    found = load(file)(**inputs)
     found, outputs = (x if isinstance(x, dict) else {"scores": x} for x in (found, outputs))
     assert found.keys() == outputs.keys(), found.keys()
     for name, x in outputs.items():
@@ -26,9 +30,14 @@ print("scored", len(found))
 """
 
 
+def loaded(file: Path) -> Any:
+    """A file as a server loads it."""
+    return load(file) if file.suffix == ".pt2" else torch.jit.load(str(file))
+
+
 def answered_elsewhere(aside: Path, *calls: tuple[Path, dict[str, Any]]) -> None:
     """The same answers to the same inputs as here, file by file."""
-    expected = [torch.jit.load(str(file))(**inputs) for file, inputs in calls]
+    expected = [loaded(file)(**inputs) for file, inputs in calls]
     torch.save(([(str(file), inputs) for file, inputs in calls], expected), aside)
     command = [sys.executable, "-I", "-c", SERVER, str(aside)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)

@@ -40,11 +40,13 @@ def test_every_file_with_its_inputs_and_outputs(exported_of: ExportedOf, name: s
     stored = exported.loaded("user_encoder.pt")(**encoder_inputs_of(batch, probes))
     scores = ["p_ctr", "p_ctcvr", "p_cvr"]
     ranker_inputs = ranker_inputs_of(batch, spec, short_length_of(config)) | {"memory": stored | records}
-    assert manifest_of(exported)["files"] == {
-        "ranker.pt": {"inputs": typed(inputs_of(batch)), "outputs": scores},
-        "user_encoder.pt": {"inputs": typed(encoder_inputs_of(batch, probes)), "outputs": typed(stored)},
-        "candidate_ranker.pt": {"inputs": typed(ranker_inputs), "outputs": scores},
+    described = {
+        "ranker": {"inputs": typed(inputs_of(batch)), "outputs": scores},
+        "user_encoder": {"inputs": typed(encoder_inputs_of(batch, probes)), "outputs": typed(stored)},
+        "candidate_ranker": {"inputs": typed(ranker_inputs), "outputs": scores},
     }
+    names = {f"{what}{tables}.pt": what for what in described for tables in ("", ".int8")}
+    assert manifest_of(exported)["files"] == {name: described[what] for name, what in names.items()}
     assert {file.name for file in exported.folder.iterdir()} == {*manifest_of(exported)["files"], "manifest.json"}
 
 

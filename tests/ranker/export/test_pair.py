@@ -174,10 +174,11 @@ def test_each_file_has_the_tables_that_it_reads(exported_of: ExportedOf):
 
 def test_a_block_that_reads_the_history_itself_leaves_no_pair(exported_of: ExportedOf):
     exported = exported_of("target_attention")
-    assert {file.name for file in exported.folder.iterdir()} == {"ranker.pt", "manifest.json"}
+    files = {"ranker.pt", "ranker.int8.pt"}
+    assert {file.name for file in exported.folder.iterdir()} == files | {"manifest.json"}
     manifest = json.loads((exported.folder / "manifest.json").read_text())
     reason = "model.long[1] (target_attention): reads the history itself for every candidate, so that no store can"
     assert manifest["memory"]["no_pair_because"].startswith(reason)
     assert manifest["memory"]["blocks"] == []
-    assert manifest["files"].keys() == {"ranker.pt"}
-    assert manifest["parity"]["ways"].keys() == {"ranker"}
+    assert manifest["files"].keys() == files
+    assert manifest["parity"]["ways"].keys() == {"ranker", "int8 ranker"}
