@@ -21,6 +21,7 @@ from ranker.longseq.stored import Stored, restore_parts, store_parts
 from ranker.ops.attention import window_attention
 from ranker.ops.frozen_attention import frozen_attention, window_logsumexp
 from ranker.ops.jagged import log_bucket, offsets_of, segment_softmax, segment_sum
+from ranker.ops.padded import exporting
 from ranker.ops.votes import Agents, Leaves, Nodes, history_leaves, keep_agents, keep_leaves, row_keys, tree_nodes
 
 ROUTINGS = ("items", "agents", "hard")
@@ -238,7 +239,10 @@ class HiSAC(nn.Module):
     def _routed(self, history: History, leaves: Leaves, agents: Agents, e: Tensor) -> Routed:
         """What goes to the agents, and their prototypes p_a = Σ_l C_l[a^l]."""
         n = leaves.votes.numel()
-        if self.z == "codewords" and 5 * n < 4 * leaves.event.numel():  # else the sums cost more than they save
+        together = self.z == "codewords"
+        if torch.jit.is_scripting() or not exporting():
+            together = together and 5 * n < 4 * leaves.event.numel()  # else the sums cost more than they save
+        if together:
             count = leaves.votes.to(e.dtype)
             mean = segment_sum(e, leaves.leaf, n) / count.unsqueeze(1)
             return Routed(self._in_space(leaves.code, e), mean, count, leaves.offsets, self._in_space(agents.code, e))
@@ -262,7 +266,7 @@ class HiSAC(nn.Module):
 
     def _in_space(self, code: Tensor, like: Tensor) -> Tensor:
         """Σ_l C_l[code^l], centred `[n, dz]`."""
-        if bool((code > self.most_code).any()):
+        if (torch.jit.is_scripting() or not exporting()) and bool((code > self.most_code).any()):
             raise ValueError(f"semantic IDs up to {code.amax(0)}, but the codebooks end at {self.most_code}")
         row = code + self.first_code
         place = self.codewords.index_select(0, row[:, 0]).sub_(self.centre)
@@ -278,7 +282,7 @@ def _mean_square(level: Tensor) -> float:
 
 def _standardised(x: Tensor, request: Tensor, requests: int) -> Tensor:
     """`x` `[n, d]` less its request's mean, in units of the root of its request's variance."""
-    count = torch.bincount(request, minlength=requests).clamp(min=1).unsqueeze(1)
+    count = segment_sum(torch.ones_like(request), request, requests).clamp(min=1).unsqueeze(1)
     x = x - (segment_sum(x, request, requests) / count).index_select(0, request)
     variance = segment_sum(x.square().sum(1, keepdim=True), request, requests) / count
     return x / (variance + 1e-12).sqrt().index_select(0, request)
@@ -287,7 +291,7 @@ def _standardised(x: Tensor, request: Tensor, requests: int) -> Tensor:
 def _leaf_of(agents: Agents, leaves: Leaves) -> Tensor:
     """The leaf of each agent `[A]`; the number of leaves where the history has no such leaf."""
     n = leaves.votes.numel()
-    if n == 0:
+    if (torch.jit.is_scripting() or not exporting()) and n == 0:
         return torch.zeros_like(agents.votes)
     keys = row_keys(torch.cat([leaves.request, agents.request]), torch.cat([leaves.code, agents.code]))
     leaf = torch.searchsorted(keys[:n], keys[n:])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ranker.ops.jagged import segment_sum
+from ranker.ops.padded import exporting, in_places, out_of_places, padded_rows, widest
 from ranker.ops.units import Units, merge, rescale, units_of
 
 
@@ -30,6 +31,8 @@ def frozen_attention(
     Returns:
         `[N, dv]`; zero for queries of an empty window. Time follows queries × events, memory queries + events.
     """
+    if not torch.jit.is_scripting() and exporting():
+        return _padded(q, q_offsets, k, bias, v, start, end)
     q, k = _with_bias(q.detach(), k.detach(), bias.detach(), v.dtype)
     if torch.jit.is_scripting():
         return _forward(q, q_offsets, k, v, start, end)[0]
@@ -43,6 +46,8 @@ def window_logsumexp(
 
     Arguments as in :func:`frozen_attention`. Of equal terms the first; −inf and −1 for an empty window. No gradients.
     """
+    if not torch.jit.is_scripting() and exporting():
+        return _padded_logsumexp(q, q_offsets, k, bias, start, end)
     q, k = _with_bias(q.detach(), k.detach(), bias.detach(), q.dtype)
     plan = _plan(q_offsets, start, end)
     tile, key = _in_tiles(q, plan), _keys(plan, start, k.size(0) - 1)
@@ -63,6 +68,36 @@ def window_logsumexp(
     first = torch.full([tiles, width], k.size(0), dtype=torch.int64, device=q.device)
     first = first.scatter_reduce(0, index, best, "amin")
     return logsumexp[plan.real_row], first.masked_fill(tile_top.isneginf(), -1)[plan.real_row]
+
+
+@torch.jit.unused
+def _padded_logits(
+    q: Tensor, q_offsets: Tensor, k: Tensor, bias: Tensor, start: Tensor, end: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Every request's logits `[R, queries, keys]`, −∞ for padding, and the key at each place `[R, keys]`."""
+    first, last = q_offsets[:-1], q_offsets[1:]
+    row = padded_rows(first, last, widest(last - first), q.size(0))
+    key = padded_rows(start, end, widest(end - start), k.size(0))
+    logits = torch.bmm(in_places(q, row), in_places(k, key).transpose(1, 2)) + in_places(bias, key).unsqueeze(1)
+    return logits.masked_fill((key == k.size(0)).unsqueeze(1), float("-inf")), key
+
+
+@torch.jit.unused
+def _padded(q: Tensor, q_offsets: Tensor, k: Tensor, bias: Tensor, v: Tensor, start: Tensor, end: Tensor) -> Tensor:
+    logits, key = _padded_logits(q, q_offsets, k, bias, start, end)
+    weight = torch.exp(logits - logits.amax(2, keepdim=True).clamp(min=-1e30))
+    found = torch.bmm(weight, in_places(v, key)) / weight.sum(2, keepdim=True).clamp(min=1e-30)
+    return out_of_places(found, q_offsets, q.size(0))
+
+
+@torch.jit.unused
+def _padded_logsumexp(
+    q: Tensor, q_offsets: Tensor, k: Tensor, bias: Tensor, start: Tensor, end: Tensor
+) -> tuple[Tensor, Tensor]:
+    logits, _ = _padded_logits(q, q_offsets, k, bias, start, end)
+    best = torch.where((end > start).unsqueeze(1), start.unsqueeze(1) + logits.argmax(2), -1)
+    total = torch.logsumexp(logits, 2)
+    return out_of_places(total, q_offsets, q.size(0)), out_of_places(best, q_offsets, q.size(0))
 
 
 class _FrozenAttention(torch.autograd.Function):

@@ -29,6 +29,7 @@ def held_open(size: Tensor) -> int:
     """A number of the data, as a size that the graph holds open; int() would hold it fixed."""
     number = size.item()
     promise(number >= 0)
+    promise(number < 1 << 40)  # times a number's bytes, compilers hold bounds in 64 bits
     return number  # type: ignore[return-value]
 
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from ranker.ops.jagged import expand_windows, offsets_of
+from ranker.ops.padded import exporting
+from ranker.ops.votes_traced import traced_best, traced_keys, traced_leaves, traced_pruning
 
 
 class Leaves(NamedTuple):
@@ -84,6 +86,8 @@ def row_keys(request: Tensor, code: Tensor) -> Tensor:
     A mixed-radix number while it fits into int64; before it would not, the keys so far give way to their ranks.
     """
     key = request
+    if not torch.jit.is_scripting() and exporting():
+        return traced_keys(request, code)
     if key.numel() == 0:
         return key
     span = int(key.max()) + 1
@@ -107,6 +111,8 @@ def history_leaves(code: Tensor, time: Tensor, start: Tensor, end: Tensor) -> Le
         time: `[T]` int64, what decides which event is more recent.
         start, end: `[R]` int64, windows that may overlap.
     """
+    if not torch.jit.is_scripting() and exporting():
+        return _traced(code, time, start, end)
     event, request = expand_windows(start, end)
     votes = (code > 0).all(1)
     if not bool(votes.all()):
@@ -130,6 +136,17 @@ def history_leaves(code: Tensor, time: Tensor, start: Tensor, end: Tensor) -> Le
         event,
         leaf,
     )
+
+
+@torch.jit.unused
+def _traced(code: Tensor, time: Tensor, start: Tensor, end: Tensor) -> Leaves:
+    return Leaves(*traced_leaves(code, time, start, end))
+
+
+@torch.jit.unused
+def _traced_kept(leaves: Leaves, keep: list[int]) -> Tensor:
+    requests = leaves.offsets.numel() - 1
+    return traced_pruning(leaves.code, leaves.request, leaves.votes, leaves.latest, requests, keep)
 
 
 def tree_nodes(leaves: Leaves, keep: list[int]) -> list[Nodes]:
@@ -178,6 +195,8 @@ def keep_agents(leaves: Leaves, keep: list[int]) -> Agents:
     """The leaves kept by pruning the tree with `keep` = [k_1 … k_M]: at most Π k_l a request."""
     if len(keep) == 0 or len(keep) != leaves.code.size(1) or min(keep) < 1:
         raise ValueError(f"keep is {keep}: it needs a number >= 1 for each of the {leaves.code.size(1)} levels")
+    if not torch.jit.is_scripting() and exporting():
+        return _agents(leaves, _traced_kept(leaves, keep))
     return _agents(leaves, tree_nodes(leaves, keep)[-1].kept)
 
 
@@ -190,12 +209,11 @@ def _agents(leaves: Leaves, kept: Tensor) -> Agents:
     """The leaves marked in `kept` `[U]`."""
     index = kept.nonzero().squeeze(1)
     request = leaves.request.index_select(0, index)
-    requests = leaves.offsets.numel() - 1
     return Agents(
         leaves.code.index_select(0, index),
         leaves.votes.index_select(0, index),
         request,
-        offsets_of(torch.bincount(request, minlength=requests)),
+        offsets_of(torch.zeros_like(leaves.offsets[1:]).index_add_(0, request, torch.ones_like(request))),
         torch.zeros_like(leaves.offsets[1:]).index_add_(0, leaves.request, leaves.votes),
     )
 
@@ -205,6 +223,8 @@ def _best(parent: Tensor, votes: Tensor, latest: Tensor, k: int) -> Tensor:
 
     parent: `[n]` ascending; children of one parent come in the order of their codes. Returns `[n]` bool.
     """
+    if not torch.jit.is_scripting() and exporting():
+        return traced_best(parent, votes, latest, torch.ones_like(votes, dtype=torch.bool), k)
     if votes.numel() == 0:
         return torch.zeros_like(votes, dtype=torch.bool)
     children = torch.bincount(parent)

@@ -126,18 +126,20 @@ def test_other_exceptions_keep_their_traceback(run, stub, tmp_path: Path):
 
 def test_evaluate_and_export_pass_their_arguments(run, stub):
     given: list[object] = []
-    exported = (Path("r"), Path("o"), 10_000)
+    exported = (Path("r"), Path("o"), 10_000, "off")
     stub("ranker.evaluate", "evaluate", lambda *arguments: given.append(arguments))
     stub("ranker.export", "export", lambda *arguments: given.append(arguments))
     assert run("evaluate", "r", "--split", "valid")[0] == 0
     assert run("evaluate", "r", "--frozen", "--predictions")[0] == 0
     assert run("export", "r", "--out", "o")[0] == 0
     assert run("export", "r", "--out", "o", "--requests", "500")[0] == 0
+    assert run("export", "r", "--out", "o", "--compiled", "require")[0] == 0
     assert given == [
         (Path("r"), "valid", False, False),
         (Path("r"), "test", True, True),
         exported,
-        (*exported[:2], 500),
+        (*exported[:2], 500, "off"),
+        (*exported[:3], "require"),
     ]
     assert run("evaluate", "r", "--split", "tset")[0] == 2
 

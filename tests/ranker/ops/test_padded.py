@@ -30,8 +30,10 @@ from ranker.ops.pointwise_attention import pointwise_attention
 from ranker.ops.query_tiles import in_tiles, out_of_tiles, tiles_of
 from ranker.ops.running_mean import running_mean, running_mean_plan
 from ranker.ops.short_attention import short_attention
+from ranker.ops.votes import history_leaves, keep_agents, keep_leaves
 from ranker.towers import DIN
 from tests.ranker.histories import EDGES, NO_PROBES, Shape, inputs_of, randomise, shapes
+from tests.ranker.longseq.test_hisac import WAYS, batch_of, block_of
 
 LENGTHS = st.lists(st.integers(0, 90), min_size=1, max_size=5)
 
@@ -196,3 +198,25 @@ def test_uxsid(batch: Shape):
         return block.restore(stored, history.now).rows  # type: ignore[operator]
 
     check(form)
+
+
+@given(shapes().filter(some), st.integers(1, 3), st.sampled_from(["mixed", "one code", "many"]), st.integers(1, 5))
+@settings(deadline=None, max_examples=60)
+def test_votes(batch: Shape, levels: int, kind: str, most: int):
+    """The same leaves, agents by pruning, and agents without it."""
+    history, _ = batch_of(batch, levels, kind)
+
+    def form() -> tuple[Tensor, ...]:
+        leaves = history_leaves(history.code, history.time, history.start, history.end)
+        return (*leaves, *keep_agents(leaves, [2, 1, 2][:levels]), *keep_leaves(leaves, most))
+
+    check(form)
+
+
+@pytest.mark.parametrize(("routing", "z"), WAYS)
+@pytest.mark.parametrize("voting", [False, True])
+def test_hisac(routing: str, z: str, voting: bool):
+    """Every routing in every space."""
+    block = block_of(routing=routing, z=z, voting=voting, most_leaves=3).eval()
+    for batch in filter(some, EDGES.values()):
+        check(partial(answers, block, *batch_of(batch)))
