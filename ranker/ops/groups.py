@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from ranker.ops.jagged import expand_windows, offsets_of
+from ranker.ops.padded import exporting, in_places, out_of_places, padded_rows, widest
 from ranker.ops.units import Units, units_of
 
 
@@ -41,6 +42,8 @@ def group_sums(x: Tensor, group: Tensor, weight: Tensor, start: Tensor, end: Ten
     """
     if torch.jit.is_scripting():
         return _sums(x, group, weight, start, end, groups)
+    if exporting():
+        return _traced_sums(x, group, weight, start, end, groups)
     return _group_sums(x, group, weight, start, end, groups)
 
 
@@ -65,6 +68,8 @@ def nearest_group(x: Tensor, start: Tensor, end: Tensor, centre: Tensor, taken: 
     x, centre = x.detach(), centre.detach()
     if torch.jit.is_scripting():
         return _nearest(x, start, end, centre, taken)
+    if exporting():
+        return _padded_nearest(x, start, end, centre, taken)
     return _nearest_group(x, start, end, centre, taken)
 
 
@@ -92,6 +97,28 @@ def _nearest(x: Tensor, start: Tensor, end: Tensor, centre: Tensor, taken: Tenso
         pair = first_pair.index_select(0, request).unsqueeze(1) + within
         nearest[pair[real]] = near.argmax(2)[real]
     return nearest
+
+
+@torch.jit.unused
+def _traced_sums(x: Tensor, group: Tensor, weight: Tensor, start: Tensor, end: Tensor, groups: int) -> Tensor:
+    """All pairs at once."""
+    event, request = expand_windows(start, end)
+    requests, ways, weights, d = start.numel(), group.size(1), weight.size(1), x.size(1)
+    weighted = (weight.unsqueeze(2) * x.index_select(0, event).unsqueeze(1)).flatten(1)
+    out = torch.zeros([requests * ways * groups, weights * d], dtype=x.dtype, device=x.device)
+    for way in range(ways):
+        out = out.index_add(0, (request * ways + way) * groups + group[:, way].long(), weighted)
+    return out.view(requests, ways, groups, weights, d)
+
+
+@torch.jit.unused
+def _padded_nearest(x: Tensor, start: Tensor, end: Tensor, centre: Tensor, taken: Tensor) -> Tensor:
+    """All windows side by side."""
+    event, _ = expand_windows(start, end)
+    places = in_places(x, padded_rows(start, end, widest(end - start), x.size(0)))
+    bias = (-centre.square().sum(2)).masked_fill(~taken, float("-inf")).unsqueeze(1)
+    nearest = (2 * torch.bmm(places, centre.transpose(1, 2)) + bias).argmax(2)
+    return out_of_places(nearest, offsets_of(end - start), event.numel())
 
 
 class _GroupSums(torch.autograd.Function):

@@ -50,7 +50,7 @@ class Aggregator(nn.Module):
     def encode(self, history: History, probes: Probes) -> GroupMemory:
         """O(Σ L · queries)."""
         history = latest(history, self.length)
-        question = self.queries.expand(history.start.numel(), -1, -1)
+        question = self.queries.repeat(history.start.numel(), 1, 1)
         mean = self.gather(history, question, self.gather.event(history.x), self.gather.age(history), history.x)
         return self.attention.keep_gathered(history, mean)
 

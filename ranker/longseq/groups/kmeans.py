@@ -15,7 +15,8 @@ from ranker.longseq.groups.grouped import AgeWeight, GroupAttention, GroupMemory
 from ranker.longseq.protocol import History, Probes, Target, latest
 from ranker.longseq.stored import Stored
 from ranker.ops.groups import group_sums, nearest_group
-from ranker.ops.jagged import expand_windows
+from ranker.ops.jagged import expand_windows, segment_sum
+from ranker.ops.padded import exporting, with_spare
 
 
 class KMeans(nn.Module):
@@ -89,7 +90,7 @@ class KMeans(nn.Module):
         request = expand_windows(start, end)[1]
         for _ in range(self.steps):
             total = group_sums(x, group.unsqueeze(1), one, start, end, k).view(requests, k, x.size(1))
-            count = torch.bincount(request * k + group, minlength=requests * k).view(requests, k, 1)
+            count = segment_sum(torch.ones_like(group), request * k + group, requests * k).view(requests, k, 1)
             centre = torch.where(count > 0, total / count.clamp(min=1), centre)
             group = nearest_group(x, start, end, centre, taken)
         return group
@@ -100,6 +101,8 @@ def first_centres(x: Tensor, start: Tensor, end: Tensor, k: int) -> tuple[Tensor
     first, and no more than there are events."""
     requests, length = start.numel(), (end - start).unsqueeze(1)
     rank, most = torch.arange(k, device=x.device), length.clamp(max=k)
+    if not torch.jit.is_scripting() and exporting():
+        x = with_spare(x)
     if x.size(0) == 0:
         return x.new_zeros([requests, k, x.size(1)]), torch.zeros([requests, k], dtype=torch.bool, device=x.device)
     within = torch.div((2 * rank + 1) * length, 2 * most.clamp(min=1), rounding_mode="floor")

@@ -54,7 +54,7 @@ class PolyEncoder(nn.Module):
     def encode(self, history: History, probes: Probes) -> PolyMemory:
         """O(Σ L · codes)."""
         history = latest(history, self.length)
-        h, question = self.gather.event(history.x), self.codes.expand(history.start.numel(), -1, -1)
+        h, question = self.gather.event(history.x), self.codes.repeat(history.start.numel(), 1, 1)
         return PolyMemory(self.gather(history, question, h, self.gather.age(history), h))
 
     def read(self, memory: PolyMemory, target: Target) -> Tensor:

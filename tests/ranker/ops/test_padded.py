@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ranker.longseq import MeanPooling, UxSID
 from ranker.longseq.encoders import ELASTIC, HSTU, LONGER, SASRec
-from ranker.longseq.groups import Aggregator, CFormer, PolyEncoder
+from ranker.longseq.groups import LSH, SDIM, Aggregator, CFormer, KMeans, Patching, PolyEncoder
 from ranker.longseq.hytrec import HyTRec
 from ranker.longseq.protocol import History, Probes, Target
 from ranker.longseq.stored import Stored
@@ -159,6 +159,10 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "cformer": lambda: CFormer(8, width=8, queries=4, head_dim=4),
     "aggregator": lambda: Aggregator(8, queries=4, width=8, head_dim=4),
     "poly_encoder": lambda: PolyEncoder(8, codes=4, width=8),
+    "kmeans": lambda: KMeans(8, clusters=6, head_dim=4),
+    "lsh": lambda: LSH(8, bits=3, head_dim=4),
+    "sdim": lambda: SDIM(8, hashes=4, bits=2),
+    "patching": lambda: Patching(8, patches=6, head_dim=4),
     "din": lambda: DIN(8, [6], length=20, age_buckets=4),
     "din with softmax": lambda: DIN(8, [6], length=0, softmax=True),
 }
