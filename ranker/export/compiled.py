@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import inspect
 import shutil
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -36,6 +38,16 @@ from ranker.served_tables import with_served_tables
 
 Compiling = Literal["off", "try", "require"]
 Scoring = Callable[..., Tensor]
+
+
+SAME_OUTPUTS = """
+import sys
+import torch
+import torch._inductor
+package = torch._inductor.aoti_load_package(sys.argv[1])
+for inputs, expected in torch.load(sys.argv[2]):
+    torch.testing.assert_close(package(**inputs), expected, rtol=1e-4, atol=float(sys.argv[3]))
+"""
 
 
 @dataclass(frozen=True)
@@ -82,7 +94,7 @@ def compiled(module: nn.Module, samples: Sequence[Inputs], file: Path, how: Comp
                 warnings.simplefilter("ignore")
                 traced = exported(with_served_tables(module.eval(), in_bytes=False), samples)
                 aoti_compile_and_package(traced, package_path=str(file))
-                same_outputs(module, load(file), samples)
+                same_outputs(file, module, samples)
         except Exception as error:  # whatever the compiler stumbled over, TorchScript is there
             file.unlink(missing_ok=True)
             reason = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
@@ -115,10 +127,24 @@ def exported(module: nn.Module, samples: Sequence[Inputs]) -> ExportedProgram:
     return traced
 
 
-def same_outputs(module: nn.Module, package: Scoring, samples: Sequence[Inputs]) -> None:
-    """Raise AssertionError where a package's outputs are not the module's: scores, or the numbers of records."""
-    for sample in samples:
-        torch.testing.assert_close(package(**sample), module(**sample), rtol=1e-4, atol=TOLERANCE)
+def same_outputs(file: Path, module: nn.Module, samples: Sequence[Inputs]) -> None:
+    """Compare a package's outputs, scores or the numbers of records, with the module's: in another process that imports
+    torch alone, for wrong native code may end the process that it runs in.
+
+    Raises:
+        RuntimeError: they differ, or it did not get so far.
+    """
+    aside = file.with_suffix(".samples")
+    try:
+        torch.save([(sample, module(**sample)) for sample in samples], aside)
+        command = [sys.executable, "-I", "-c", SAME_OUTPUTS, str(file), str(aside), str(TOLERANCE)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    finally:
+        aside.unlink(missing_ok=True)
+    if done.returncode < 0:
+        raise RuntimeError(f"the compiled code crashed (signal {-done.returncode})")
+    if done.returncode > 0:
+        raise RuntimeError(f"the compiled code failed: {[*done.stderr.strip().splitlines(), 'no message'][-2:][0]}")
 
 
 def load(file: Path) -> Scoring:

@@ -150,7 +150,26 @@ def test_what_cannot_be_traced_is_left_out(tmp_path: Path, module: nn.Module, wh
         compiled(module, samples, tmp_path / "x.pt2", "require")
 
 
-def test_outputs_that_differ_are_found():
-    same_outputs(nn.Identity(), lambda input: input + 1e-7, [{"input": torch.ones(3)}])
-    with pytest.raises(AssertionError, match="not close"):
-        same_outputs(nn.Identity(), lambda input: input + 1e-2, [{"input": torch.ones(3)}])
+class Doubled(nn.Module):
+    """Of numbers; `by` is not what it is compiled with where it is changed afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by = 2.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.by * x
+
+
+@with_compiler
+def test_compiled_code_that_answers_otherwise_is_found(tmp_path: Path):
+    module, samples = Doubled(), [Inputs(x=torch.ones(3)), Inputs(x=torch.ones(5))]
+    file = tmp_path / "doubled.pt2"
+    assert compiled(module, samples, file, "require").reason is None
+    same_outputs(file, module, samples)
+    module.by = 2.1
+    with pytest.raises(RuntimeError, match="the compiled code failed: "):
+        same_outputs(file, module, samples)
+    file.write_bytes(b"no package")
+    with pytest.raises(RuntimeError, match="the compiled code"):
+        same_outputs(file, module, samples)
