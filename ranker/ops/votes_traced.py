@@ -77,9 +77,10 @@ def traced_best(parent: Tensor, votes: Tensor, latest: Tensor, rival: Tensor, k:
 
 
 def _begins(ordered: Tensor) -> Tensor:
-    """Where a run of equal numbers, none below 0, begins `[n]`."""
-    before = torch.nn.functional.pad(ordered, [1, 0], value=-1)
-    return before[1:] != before[:-1]
+    """Where a run of equal numbers begins `[n]`."""
+    # by index: compiled, a shifted copy would be read from before its first number, which need not be there
+    place = torch.arange(ordered.numel(), device=ordered.device)
+    return (place == 0) | (ordered != ordered.index_select(0, (place - 1).clamp(min=0)))
 
 
 def _runs(ordered: Tensor) -> Tensor:
