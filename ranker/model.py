@@ -116,7 +116,7 @@ class Dense(nn.Module):
         inputs = tables.request_width + tables.candidate_width + len(spec.request_dense) + len(spec.candidate_dense)
         found = dim * int(short is not None) + sum(block.out_dim for block in self.long)  # type: ignore[misc]
         inputs += dim * int(tower.target) + (2 if tower.cross else 1) * found
-        tasks = 1 if config.tasks.conversion is None else 2
+        self.tasks = tasks = 1 if config.tasks.conversion is None else 2
         self.tower = (
             MLP(inputs, tower.hidden, tasks, tower.dropout)
             if tower.type == "mlp"

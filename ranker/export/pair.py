@@ -16,7 +16,7 @@ from features.batch import names, sequence_keys
 from features.selection import FeatureSpec
 from ranker.config import TablesConfig
 from ranker.embeddings import Tables
-from ranker.export.whole import known_ids, sizes
+from ranker.export.whole import known_codes, known_ids, sizes
 from ranker.longseq import Probes, Stored, Target
 from ranker.model import Plain, Ranker
 from ranker.towers import esmm_probabilities
@@ -26,6 +26,7 @@ class UserEncoder(nn.Module):
     """Histories, and what they are probed with, to records. Unknown ids read row 0, as in the whole ranker."""
 
     none: list[str]
+    code_sizes: list[int]
 
     def __init__(self, ranker: Ranker, spec: FeatureSpec, config: TablesConfig) -> None:
         super().__init__()
@@ -34,6 +35,7 @@ class UserEncoder(nn.Module):
         self.none, self.keys = [], sequence_keys(own)
         self.sizes = sizes((*own.sequence, *own.event, *own.content, *own.sequence))
         self.shared = len(own.sequence)
+        self.code_sizes = sizes(own.codes)
 
     def forward(
         self,
@@ -59,6 +61,7 @@ class UserEncoder(nn.Module):
         sequence = KeyedJaggedTensor(self.keys, known_ids(values, lengths, self.sizes), lengths=lengths)
         nothing = KeyedJaggedTensor(self.none, values[:0], lengths=lengths[:0])
         embedded = self.tables(nothing, nothing, sequence)
+        event_codes = known_codes(event_codes, self.code_sizes)
         unread, none = event_dense[:0, :0], now[:0]
         plain = Plain(
             unread, unread, event_dense, event_codes, event_codes[:0], event_time, now, start, end, none
@@ -139,6 +142,8 @@ class CandidateRanker(nn.Module):
             memory: for block i `i.values`, `i.exact`, `i.lengths` and `i.time`: records of the R requests in their
                 order, or, for a block with probes, of any groups, with `i.probe` `[N]`, the record of each candidate.
         """
+        if torch.jit.is_scripting() and candidate_dense.size(0) == 0:  # which TorchRec's look-ups do not take
+            return esmm_probabilities(torch.zeros([0, self.dense.tasks]))
         request_values = known_ids(request_values, request_lengths, self.request_sizes)
         candidate_values = known_ids(candidate_values, candidate_lengths, self.candidate_sizes)
         sequence_values = known_ids(sequence_values, sequence_lengths, self.sequence_sizes)

@@ -27,14 +27,24 @@ def known_ids(values: Tensor, lengths: Tensor, sizes: list[int]) -> Tensor:
     """
     if len(sizes) == 0:
         return values
-    size = torch.repeat_interleave(torch.tensor(sizes, device=values.device), lengths.view(len(sizes), -1).sum(1))
+    of_feature = lengths.view(len(sizes), lengths.numel() // len(sizes)).sum(1)  # also of no candidate
+    size = torch.repeat_interleave(torch.tensor(sizes, device=values.device), of_feature)
     return torch.where((values >= 0) & (values < size), values, torch.zeros_like(values))
+
+
+def known_codes(codes: Tensor, sizes: list[int]) -> Tensor:
+    """Codes `[·, features]` that their codebook does not have are 0, none."""
+    if len(sizes) == 0:
+        return codes
+    size = torch.tensor(sizes, device=codes.device)
+    return torch.where((codes >= 0) & (codes < size), codes, torch.zeros_like(codes))
 
 
 class ServedRanker(nn.Module):
     """The ranker on plain tensors, unsharded: what is scripted.
 
-    Ids at or above a table's size are unknown and read the reserved row 0, so that a server may send any dense index.
+    Ids and codes at or above their table's size are unknown and read the reserved row 0, so that a server may send any
+    dense index.
     """
 
     # lists may be empty, and then do not tell their type
@@ -42,6 +52,7 @@ class ServedRanker(nn.Module):
     candidate_keys: list[str]
     request_sizes: list[int]
     candidate_sizes: list[int]
+    code_sizes: list[int]
 
     def __init__(self, ranker: Ranker, spec: FeatureSpec) -> None:
         super().__init__()
@@ -51,6 +62,7 @@ class ServedRanker(nn.Module):
         self.request_sizes = sizes(spec.request)
         self.candidate_sizes = sizes(spec.candidate)
         self.sequence_sizes = sizes((*spec.sequence, *spec.event, *spec.content, *spec.sequence))
+        self.code_sizes = sizes(spec.codes)
 
     def forward(
         self,
@@ -72,12 +84,16 @@ class ServedRanker(nn.Module):
         offsets: Tensor,
     ) -> Tensor:
         """Probabilities `[N, 1]` (click) or `[N, 3]` (click; click and conversion; conversion given a click)."""
+        if torch.jit.is_scripting() and candidate_dense.size(0) == 0:  # which TorchRec's look-ups do not take
+            return esmm_probabilities(torch.zeros([0, self.dense.tasks]))
         request_values = known_ids(request_values, request_lengths, self.request_sizes)
         candidate_values = known_ids(candidate_values, candidate_lengths, self.candidate_sizes)
         sequence_values = known_ids(sequence_values, sequence_lengths, self.sequence_sizes)
         request = KeyedJaggedTensor(self.request_keys, request_values, lengths=request_lengths)
         candidate = KeyedJaggedTensor(self.candidate_keys, candidate_values, lengths=candidate_lengths)
         sequence = KeyedJaggedTensor(self.sequence_keys, sequence_values, lengths=sequence_lengths)
+        event_codes = known_codes(event_codes, self.code_sizes)
+        candidate_codes = known_codes(candidate_codes, self.code_sizes)
         plain = Plain(
             request_dense, candidate_dense, event_dense, event_codes, candidate_codes,
             event_time, now, start, end, offsets,
