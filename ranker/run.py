@@ -19,6 +19,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -36,6 +37,8 @@ from ranker.model import Moments
 from ranker.ranks import Ranks
 from ranker.training import checkpoint
 
+_ENDING_S = 3.0
+"""that a killed process may take to end"""
 PACKAGES = ("torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu", "numpy", "pyarrow", "duckdb")
 
 
@@ -257,6 +260,9 @@ def training_alone(root: Path, ranks: Ranks) -> Generator[None]:
 
     A record lock: it ends with the process that has it, however that ends, and worker processes do not inherit it.
 
+    A process that was killed may take a moment to end, and whoever starts the run again may be quicker: that is waited
+    for.
+
     Raises:
         RunError: another process trains the run.
     """
@@ -264,10 +270,16 @@ def training_alone(root: Path, ranks: Ranks) -> Generator[None]:
 
         def take() -> None:
             lock = held.enter_context((root / "lock").open("a"))
-            try:
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RunError(f"{root}: another process is training this run; wait for it, or stop it") from None
+            until = time.monotonic() + _ENDING_S
+            while True:
+                try:
+                    fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    return
+                except BlockingIOError:
+                    if time.monotonic() > until:
+                        told = f"{root}: another process is training this run; wait for it, or stop it"
+                        raise RunError(told) from None
+                time.sleep(0.05)
 
         ranks.agree(take)
         yield

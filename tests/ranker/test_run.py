@@ -7,6 +7,8 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -93,8 +95,11 @@ def test_a_run_is_trained_by_one_process_at_a_time(trained: Path, config_of: Con
             train(config_of("training.epochs=5"), run, resume=True)
         assert Run(run).checkpoints() == before
         assert Run(run).config.training.epochs == 4
-        holder.kill()
-    train(config_of("training.epochs=4"), run, resume=True)
+        # it takes a moment to end, and the next waits for that
+        threading.Timer(0.5, holder.kill).start()
+        began = time.monotonic()
+        train(config_of("training.epochs=4"), run, resume=True)
+        assert time.monotonic() - began > 0.4
 
 
 def test_a_folder_that_is_no_run(tmp_path: Path):
