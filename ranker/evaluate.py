@@ -28,8 +28,8 @@ from ranker.training import checkpoint
 from ranker.training.trainer import build
 
 
-def restore(run: Run, ranks: Ranks) -> Ranker:
-    """The run's ranker, sharded, with its best checkpoint."""
+def restore(run: Run, ranks: Ranks, checkpoint_path: Path | None = None) -> Ranker:
+    """The run's ranker, sharded, with a checkpoint of it: by default the best of now, the same on all ranks."""
     dataset = run.dataset()
     spec = resolve(run.config.features, dataset.manifest)
     model, _ = shard(
@@ -38,7 +38,7 @@ def restore(run: Run, ranks: Ranks) -> Ranker:
         ranks,
         reads_of(run.config, dataset, spec, ranks.world),
     )
-    best = run.best()
+    best = checkpoint_path or ranks.agree(run.best)
     checkpoint.check(best, ranks)
     checkpoint.load(best, model, None)
     return model  # type: ignore[return-value]

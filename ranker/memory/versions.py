@@ -22,17 +22,20 @@ class MemoryVersions(NamedTuple):
         return f"model {self.model:016x}, codebook {self.codebook:016x}"
 
 
-def versions_of(run: Run) -> MemoryVersions:
-    """Versions of a run's best checkpoint: the same for a copy of the run elsewhere, others after more training.
+def versions_of(run: Run, checkpoint: Path | None = None) -> MemoryVersions:
+    """Versions of a run's checkpoint: the same for a copy of the run elsewhere, others after more training.
 
     model is made of the checkpoint's ``SHA256SUMS``, and so of all its parameters, and of the config's model, features
     and tables; codebook of the codebooks' content hashes. Each is the first 8 bytes, little-endian, of a SHA-256.
+
+    Args:
+        checkpoint: whose parameters are used; default: the best of now, which further training may replace by another.
 
     Raises:
         RunError: there is no checkpoint.
     """
     config = run.config.model_dump(mode="json", include={"model", "features", "tables"})
-    return MemoryVersions(_first_64(_parameters(run.best()), config), codebook_version(run.info))
+    return MemoryVersions(_first_64(_parameters(checkpoint or run.best()), config), codebook_version(run.info))
 
 
 def codebook_version(info: dict[str, object]) -> int:
