@@ -136,7 +136,7 @@ def same_outputs(file: Path, module: nn.Module, samples: Sequence[Inputs]) -> No
     """
     aside = file.with_suffix(".samples")
     try:
-        torch.save([(sample, module(**sample)) for sample in samples], aside)
+        torch.save([(_owned(sample), module(**sample)) for sample in samples], aside)
         command = [sys.executable, "-I", "-c", SAME_OUTPUTS, str(file), str(aside), str(TOLERANCE)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     finally:
@@ -145,6 +145,14 @@ def same_outputs(file: Path, module: nn.Module, samples: Sequence[Inputs]) -> No
         raise RuntimeError(f"the compiled code crashed (signal {-done.returncode})")
     if done.returncode > 0:
         raise RuntimeError(f"the compiled code failed: {[*done.stderr.strip().splitlines(), 'no message'][-2:][0]}")
+
+
+def _owned(inputs: Inputs) -> Inputs:
+    """Copies: batches of the loader's processes are views of one piece of memory, in which a file cannot keep them."""
+    return {
+        name: {key: part.clone() for key, part in x.items()} if isinstance(x, dict) else x.clone()
+        for name, x in inputs.items()
+    }
 
 
 def load(file: Path) -> Scoring:

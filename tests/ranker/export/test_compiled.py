@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._inductor import config
 
 from features.batch import RequestBatch
+from features.collate import pack, unpack
 from ranker.evaluate import restore
 from ranker.export import (
     ExportError,
@@ -54,6 +55,15 @@ def reader_inputs(exported: Exported, batch: RequestBatch, lost: bool = False) -
     return {**ranker_inputs_of(batch, spec, short_length), "memory": memory | records}
 
 
+def in_one_piece(inputs: Inputs) -> Inputs:
+    """The same as views of one piece of memory, as the loader's processes hand batches over."""
+    memory = inputs["memory"]
+    assert isinstance(memory, dict)
+    flat = {name: x for name, x in inputs.items() if isinstance(x, Tensor)}
+    views = unpack(pack(flat | {f"memory {name}": x.clone() for name, x in memory.items()}))
+    return {name: views[name] for name in flat} | {"memory": {name: views[f"memory {name}"] for name in memory}}
+
+
 @with_compiler
 def test_a_candidate_ranker_of_every_kind_of_memory(exported_of: ExportedOf, tmp_path: Path):
     """Mean, UxSID, HiSAC, HyTRec and groups in one, with tables of fewer rows than ids: traced with five requests, then
@@ -63,7 +73,7 @@ def test_a_candidate_ranker_of_every_kind_of_memory(exported_of: ExportedOf, tmp
         ranker = unsharded(restore(exported.run, ranks), exported.spec, exported.run)
     module = modules_of(ranker, exported.spec, exported.run.config)["candidate_ranker"]
     file = tmp_path / "candidate_ranker.pt2"
-    samples = [reader_inputs(exported, exported.batch(requests)) for requests in (5, 1)]
+    samples = [in_one_piece(reader_inputs(exported, exported.batch(requests))) for requests in (5, 1)]
     package = compiled(module, samples, file, "require")
     assert package.reason is None
     assert package.order[:2] == ("request_values", "request_lengths")
