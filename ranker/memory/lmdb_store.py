@@ -18,7 +18,7 @@ import os
 import shutil
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,6 +27,7 @@ import numpy as np
 
 from features.publish import sync_path
 from ranker.memory.keys import U64
+from ranker.memory.lease import Lease, file_lease
 from ranker.memory.lmdb_reader import ABOUT, LOCKING, RECORDS, Environment, LmdbReader, opened_for_reading
 from ranker.memory.store import (
     Generation,
@@ -39,6 +40,7 @@ from ranker.memory.store import (
     named,
     refuse_other,
     switchable,
+    wait_or_stop,
 )
 
 T = TypeVar("T")
@@ -65,6 +67,10 @@ class LmdbStore:
         writer = LmdbWriter(folder, self.url)
         writer.register(generation)
         return writer
+
+    def lease(self, name: str, seconds: float = 60.0) -> AbstractContextManager[Lease]:
+        """A lock of the system's on a file in its folder; `seconds` are of no account."""
+        return file_lease(self._folder(named(name)), wait_or_stop(name))
 
     def finish(self, generation: Generation) -> None:
         """State that it is whole."""

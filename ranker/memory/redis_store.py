@@ -19,6 +19,8 @@ from redis.exceptions import RedisError
 from redis.retry import Retry
 
 from ranker.memory.keys import U64
+from ranker.memory.lease import Lease
+from ranker.memory.redis_lease import redis_lease
 from ranker.memory.redis_reader import RedisReader
 from ranker.memory.redis_url import RedisUrl, key_names, key_of, shown
 from ranker.memory.store import (
@@ -32,6 +34,7 @@ from ranker.memory.store import (
     named,
     refuse_other,
     switchable,
+    wait_or_stop,
 )
 
 COMMANDS = 2000
@@ -42,57 +45,69 @@ TIMEOUT_S = 30.0
 class RedisStore:
     """The store at `url`, connected to at its first use."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, timeout_s: float = TIMEOUT_S) -> None:
         self.at = RedisUrl.parse(url)
         self.url = shown(url)
+        self._given, self._timeout_s = url, timeout_s
         self._client: Any = None
 
     def begin(self, generation: Generation) -> GenerationWriter:
         """Make it, or go on with it."""
         key = self.at.key("generations")
-        with self._connected() as client:
+        with self.connected() as client:
             if not client.hsetnx(key, named(generation.name), generation.model_dump_json()):
                 old = Generation.model_validate_json(client.hget(key, generation.name))
                 refuse_other(old, generation, self.url)
         return RedisWriter(self, generation.name)
 
+    @contextmanager
+    def lease(self, name: str, seconds: float = 60.0) -> Generator[Lease]:
+        """A key that expires; over connections of its own, which wait for less than it lives."""
+        apart = RedisStore(self._given, min(TIMEOUT_S, seconds / 8))  # twice a renewal, of which there are four
+        what = f"{self.url}, generation {named(name)!r}"
+        try:
+            with redis_lease(apart.connected, self.at.key("lease", name), seconds, what, wait_or_stop(name)) as lease:
+                yield lease
+        finally:
+            apart.close()
+
     def finish(self, generation: Generation) -> None:
         """State that it is whole."""
         refuse_other(found_in(self.generations(), generation.name, self.url), generation, self.url)
-        with self._connected() as client:
+        with self.connected() as client:
             client.hset(self.at.key("generations"), generation.name, generation.model_dump_json())
 
     def done(self, name: str) -> dict[str, dict[str, int]]:
         """By unit."""
         found_in(self.generations(), name, self.url)
-        with self._connected() as client:
+        with self.connected() as client:
             marks = client.hgetall(self.at.key("done", name))
         return {unit.decode(): json.loads(mark) for unit, mark in sorted(marks.items())}
 
     def generations(self) -> list[Generation]:
         """Those that were begun."""
-        with self._connected() as client:
+        with self.connected() as client:
             raw = client.hvals(self.at.key("generations"))
         found = [Generation.model_validate_json(one) for one in raw]
         return sorted(found, key=lambda one: (one.begun_ms, one.name))
 
     def current(self) -> str | None:
         """What one key says."""
-        with self._connected() as client:
+        with self.connected() as client:
             name = client.get(self.at.key("current"))
         return None if name is None else name.decode()
 
     def switch(self, name: str) -> None:
         """Write that key."""
         switchable(found_in(self.generations(), name, self.url), self.url)
-        with self._connected() as client:
+        with self.connected() as client:
             client.set(self.at.key("current"), name)
 
     def drop(self, name: str) -> None:
         """Remove its records, then what is known of it: a drop that was cut off is done by another."""
         droppable(named(name), self.current(), self.url)
         generation = found_in(self.generations(), name, self.url)
-        with self._connected() as client:
+        with self.connected() as client:
             unfinished = generation.model_copy(update={"finished_ms": None})
             client.hset(self.at.key("generations"), name, unfinished.model_dump_json())
             client.delete(self.at.key("done", name))
@@ -111,7 +126,7 @@ class RedisStore:
     def records(self, name: str) -> Iterator[tuple[int, bytes]]:
         """As SCAN finds them; one that changes meanwhile may come twice."""
         found_in(self.generations(), name, self.url)
-        with self._connected() as client:
+        with self.connected() as client:
             for names in self._batches(name):
                 for key, value in zip(names, _values(client, names), strict=True):
                     if value is not None:
@@ -121,7 +136,7 @@ class RedisStore:
         """By pipelines."""
         found_in(self.generations(), name, self.url)
         names = key_names(self.at.prefix(name), keys)
-        with self._connected() as client:
+        with self.connected() as client:
             starts = range(0, len(names), COMMANDS)
             return [value for at in starts for value in _values(client, names[at : at + COMMANDS])]
 
@@ -138,7 +153,7 @@ class RedisStore:
     def put(self, name: str, keys: U64, values: Sequence[bytes]) -> None:
         """Write records of a generation."""
         names = key_names(self.at.prefix(name), keys)
-        with self._connected() as client:
+        with self.connected() as client:
             for at in range(0, len(names), COMMANDS):
                 pipeline = client.pipeline(transaction=False)
                 for key, value in zip(names[at : at + COMMANDS], values[at : at + COMMANDS], strict=True):
@@ -148,7 +163,7 @@ class RedisStore:
     def remove(self, name: str, keys: U64) -> None:
         """Remove records of a generation."""
         names = key_names(self.at.prefix(name), keys)
-        with self._connected() as client:
+        with self.connected() as client:
             for at in range(0, len(names), COMMANDS):
                 pipeline = client.pipeline(transaction=False)
                 for key in names[at : at + COMMANDS]:
@@ -157,18 +172,18 @@ class RedisStore:
 
     def mark(self, name: str, unit: str, counts: Mapping[str, int]) -> None:
         """Mark a unit as done."""
-        with self._connected() as client:
+        with self.connected() as client:
             client.hset(self.at.key("done", name), unit, json.dumps(dict(counts)))
 
     def _batches(self, name: str) -> Generator[list[bytes]]:
         """Names of a generation's records."""
-        with self._connected() as client:
+        with self.connected() as client:
             names = client.scan_iter(match=self.at.prefix(name) + b"*", count=COMMANDS)
             while batch := list(islice(names, COMMANDS)):
                 yield batch
 
     @contextmanager
-    def _connected(self) -> Generator[Any]:
+    def connected(self) -> Generator[Any]:
         """redis-py's client, of a server or a cluster.
 
         Raises:
@@ -176,7 +191,10 @@ class RedisStore:
         """
         try:
             if self._client is None:
-                options: dict[str, Any] = {"socket_timeout": TIMEOUT_S, "socket_connect_timeout": TIMEOUT_S}
+                options: dict[str, Any] = {
+                    "socket_timeout": self._timeout_s,
+                    "socket_connect_timeout": self._timeout_s,
+                }
                 if self.at.cluster:
                     self._client = redis.RedisCluster.from_url(self.at.client, **options)
                 else:

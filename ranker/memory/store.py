@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple, Protocol
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,9 @@ from features.errors import UserError
 from ranker.memory.keys import U64
 from ranker.memory.record import Dtype
 from ranker.memory.versions import MemoryVersions
+
+if TYPE_CHECKING:
+    from ranker.memory.lease import Lease
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 Reason = Literal["", "timeout", "connection", "backing_off", "no_generation", "store", "closed"]
@@ -127,6 +131,18 @@ class MemoryStore(Protocol):
         """Make a generation, or go on with one of the same versions, dtype and blocks; a writer into it."""
         ...
 
+    def lease(self, name: str, seconds: float = 60.0) -> AbstractContextManager[Lease]:
+        """Exclude a second writer of a generation, which need not be there yet, until the context ends.
+
+        Args:
+            seconds: Redis' lease ends so long after its last renewal, whatever became of its holder; LMDB's ends
+                with the process.
+
+        Raises:
+            StoreError: another holds it.
+        """
+        ...
+
     def finish(self, generation: Generation) -> None:
         """Replace what is known of a generation, and state that it is whole (`finished_ms`)."""
         ...
@@ -209,6 +225,11 @@ def named(name: str, what: str = "generation") -> str:
     if not _NAME.fullmatch(name):
         raise StoreError(f"{what} {name!r}: use 1 to 64 letters, digits, '.', '_' and '-', a letter or digit first")
     return name
+
+
+def wait_or_stop(name: str) -> str:
+    """The remedy of who finds a generation's lease taken."""
+    return f"wait until it is done with generation {name!r}, or stop it, then start this command again"
 
 
 def found_in(generations: Sequence[Generation], name: str, url: str) -> Generation:
