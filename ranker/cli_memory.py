@@ -16,7 +16,7 @@ StoreUrl = Annotated[
     typer.Argument(metavar="STORE", help="lmdb:PATH, redis://HOST:PORT/DB?namespace=NAME, redis+cluster://HOST:PORT"),
 ]
 GenerationName = Annotated[str, typer.Argument(metavar="GENERATION", help="as `ranker memory stats` lists them")]
-ChosenGeneration = Annotated[str | None, typer.Option(help="default: the current one")]
+ChosenGeneration = Annotated[str | None, typer.Option(help="default: the current one, of a store of one model")]
 
 
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="folder made by `ranker train`")]
@@ -34,7 +34,7 @@ def build(
     config: ConfigOption = None,
     set_: Overrides = None,
     name: Annotated[str, typer.Option(help="of the generation; default: by what decides its records")] = "",
-    no_switch: Annotated[bool, typer.Option("--no-switch", help="leave readers with the generation they have")] = False,
+    no_switch: Annotated[bool, typer.Option("--no-switch", help="leave servers with the generation they have")] = False,
 ) -> None:
     """Make the memories of all users of a run's dataset; the same command goes on where it was cut off.
 
@@ -109,15 +109,21 @@ def verify(
 
 @app.command()
 def switch(store: StoreUrl, generation: GenerationName) -> None:
-    """Have all readers read another generation, at once."""
+    """Have all servers of a generation's model read it, at once."""
     from ranker.memory.commands import switch as run
 
     run(store, generation)
 
 
 @app.command()
-def drop(store: StoreUrl, generation: GenerationName) -> None:
-    """Remove a generation that is not the current one, with its records."""
+def drop(
+    store: StoreUrl,
+    generation: GenerationName,
+    current: Annotated[
+        bool, typer.Option("--current", help="even if it is its model's current one, whose servers then find nothing")
+    ] = False,
+) -> None:
+    """Remove a generation, with its records; one that servers read only with --current."""
     from ranker.memory.commands import drop as run
 
-    run(store, generation)
+    run(store, generation, current)

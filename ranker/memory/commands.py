@@ -21,11 +21,12 @@ SHOWN = 32
 
 
 def show_stats(url: str) -> None:
-    """Generations of a store: what they hold, of which versions and how old."""
+    """Generations of a store: what they hold, of which versions and how old, and which of them each model's servers
+    read."""
     store = open_store(url)
-    generations, current = store.generations(), store.current()
+    generations, currents = store.generations(), store.currents()
     table = Table("", *(generation.name for generation in generations), title=escape(store.url))
-    columns = [_figures(store, generation, generation.name == current) for generation in generations]
+    columns = [_figures(store, generation, generation.name in currents.values()) for generation in generations]
     for what in dict.fromkeys(name for column in columns for name in column):
         table.add_row(what, *(column.get(what, "") for column in columns))
     if generations:
@@ -39,7 +40,7 @@ def _figures(store: MemoryStore, generation: Generation, current: bool) -> dict[
     """Of one generation, by what they are."""
     size = store.size(generation.name)
     return {
-        "state": "current" if current else "finished" if generation.finished_ms else "unfinished",
+        "state": "current of its model" if current else "finished" if generation.finished_ms else "unfinished",
         "records": f"{size.records:,}",
         "MiB": f"{size.bytes / 2**20:,.1f}",
         "bytes a record": f"{size.bytes / max(size.records, 1):,.0f}",
@@ -113,28 +114,39 @@ def show_verified(url: str, name: str | None, sample: int | None) -> bool:
 
 
 def switch(url: str, name: str) -> None:
-    """Have readers read another generation."""
+    """Have readers of a generation's versions read it."""
     store = open_store(url)
-    old = store.current()
+    versions = found_in(store.generations(), name, store.url).versions
+    old = store.current(versions)
     store.switch(name)
     store.close()
     Console().print(
-        f"{store.url}: {old or 'nothing'} → {name}; readers notice within their check_every_s (default 1 s)"
+        f"{store.url}: {old or 'nothing'} → {name}, for servers of {versions}; they notice within their check_every_s "
+        "(default 1 s)",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
     )
 
 
-def drop(url: str, name: str) -> None:
-    """Remove a generation."""
+def drop(url: str, name: str, current: bool = False) -> None:
+    """Remove a generation, one that is current if told to."""
     store = open_store(url)
-    store.drop(name)
+    store.drop(name, current)
     store.close()
     Console().print(f"{store.url}: {name} dropped")
 
 
 def _chosen(store: MemoryStore, name: str | None) -> Generation:
-    """The generation of that name, or the current one."""
-    if name is None and (name := store.current()) is None:
-        raise StoreError(f"{store.url}: no generation is current; name one with --generation (`ranker memory stats`)")
+    """The generation of that name, or the current one, where but one model has one."""
+    if name is None:
+        currents = list(store.currents().values())
+        if len(currents) != 1:
+            which = (
+                f"{len(currents)} generations are current ({', '.join(currents)})" if currents else "none is current"
+            )
+            raise StoreError(f"{store.url}: {which}; name one with --generation (`ranker memory stats {store.url}`)")
+        name = currents[0]
     return found_in(store.generations(), name, store.url)
 
 

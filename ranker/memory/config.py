@@ -61,7 +61,12 @@ class MemoryConfig(Strict):
     )
     workers: int = Field(default=0, ge=0, description="processes of each rank that read; 0 reads between batches")
     prefetch: int = Field(default=4, ge=1, description="batches that each of them keeps ready")
-    keep: int = Field(default=1, ge=0, description="finished generations left beside the current one, the newest")
+    keep: int = Field(
+        default=1,
+        ge=0,
+        description="finished generations of the same model left beside the current one: the one it takes over from, "
+        "which stays even with 0, and the newest",
+    )
     coverage: Split | None = Field(
         default=None,
         description="split of whose requests and candidates the share that finds a record is measured; default: the "

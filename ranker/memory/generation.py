@@ -87,18 +87,35 @@ def refuse_other_records(old: Generation, wanted: Generation, url: str) -> None:
 
 
 def conclude(store: MemoryStore, generation: Generation, switch: bool, keep: int) -> None:
-    """Finish a generation, have readers read it, and drop older ones.
+    """Finish a generation, have readers of its versions read it, and drop older ones of them.
+
+    What was read until now stays, to be gone back to; so do generations of other versions, whose servers may read them.
 
     Args:
-        keep: finished generations left beside the current one and this one, the newest.
+        keep: finished generations left beside the current one and this one: the one that was current, then the newest.
     """
     store.finish(generation)
-    if switch and store.current() != generation.name:
+    served = store.current(generation.versions)
+    if switch and served != generation.name:
         store.switch(generation.name)
-        log(f"{store.url}: readers read generation {generation.name} from now on")
-    current = store.current()
-    older = [one for one in store.generations() if one.name not in (current, generation.name) and one.finished_ms]
-    older.sort(key=lambda one: (one.finished_ms or 0, one.begun_ms), reverse=True)
+        log(f"{store.url}: readers of {generation.versions} read generation {generation.name} from now on")
+    currents = store.currents().values()
+    left = [one for one in store.generations() if one.name != generation.name]
+    for other in (one for one in left if one.versions != generation.versions):
+        what, option = ("which their servers read, ", " --current") if other.name in currents else ("", "")
+        log(
+            f"{store.url}: generation {other.name} of {other.versions}, {what}stays; "
+            f"`ranker memory drop {store.url} {other.name}{option}` removes it"
+        )
+    older = [
+        one for one in left if one.versions == generation.versions and one.name not in currents and one.finished_ms
+    ]
+    older.sort(key=lambda one: (one.name == served, one.finished_ms or 0, one.begun_ms), reverse=True)
     for one in older[keep:]:
-        store.drop(one.name)
-        log(f"{store.url}: generation {one.name} dropped")
+        if one.name == served:
+            continue
+        try:
+            store.drop(one.name)
+            log(f"{store.url}: generation {one.name} dropped")
+        except StoreError as error:  # another writes it, or drops it; the build has done its work
+            log(f"{store.url}: generation {one.name} stays: {error}")

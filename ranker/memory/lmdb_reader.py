@@ -1,4 +1,4 @@
-"""Look-ups in the current generation of a store in a folder; page faults are the system's, no deadline holds them.
+"""Look-ups in a folder, in the current generation of some versions; page faults are the system's, and no deadline's.
 
 A store that is absent, damaged or closed gives lost records. Whether another generation is the current one is asked of
 the file system at most every `check_every_s`; until then, and until their last look-up ends, threads read the former.
@@ -19,8 +19,10 @@ import numpy as np
 
 from ranker.memory.keys import U64
 from ranker.memory.store import Lookup, Reason
+from ranker.memory.versions import MemoryVersions
 
 ABOUT, RECORDS = b"about", b"records"
+CURRENT = "current"
 RESERVED_BYTES = 1 << 40
 """address space of a reader's map, far beyond the file, so that a growing one needs no new map"""
 
@@ -83,8 +85,8 @@ def opened_for_reading(folder: Path) -> Environment:
 class LmdbReader:
     """Of the store in the folder `root`, which may appear later."""
 
-    def __init__(self, root: Path, check_every_s: float = 1.0) -> None:
-        self._root, self._check_every_s = root, check_every_s
+    def __init__(self, root: Path, versions: MemoryVersions, check_every_s: float = 1.0) -> None:
+        self._root, self._current, self._check_every_s = root, root / CURRENT / versions.key, check_every_s
         self._opened: Environment | None = None
         self._name: str | None = None
         self._reason: Reason = "no_generation"
@@ -135,7 +137,7 @@ class LmdbReader:
             if self._closed:
                 return
             self._check_at = time.monotonic() + self._check_every_s
-            name = (self._root / "current").read_text().strip()
+            name = self._current.read_text().strip()
             folder = self._root / "generations" / name
             data = (folder / "data.mdb").stat()
             if (seen := (data.st_dev, data.st_ino)) != self._seen or self._opened is None:

@@ -1,8 +1,9 @@
-"""A store in a folder of this machine: one LMDB environment a generation, and a file that names the current one.
+"""A store in a folder of this machine: one LMDB environment a generation, and files that name the current ones.
 
 Layout::
 
-    current                  the name of the generation that readers read; replaced by renaming
+    current/MODEL-CODEBOOK   the name of the generation that readers of these versions read, each 16 hexadecimal
+                             digits; replaced by renaming, and a file each, so that no switch undoes another model's
     generations/NAME/        an LMDB environment: database `records`, key (8 bytes, big-endian) → record;
                              database `about`: what is known of it, and a mark for each unit of work that is done
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -28,7 +30,7 @@ import numpy as np
 from features.publish import sync_path
 from ranker.memory.keys import U64
 from ranker.memory.lease import Lease, file_lease
-from ranker.memory.lmdb_reader import ABOUT, LOCKING, RECORDS, Environment, LmdbReader, opened_for_reading
+from ranker.memory.lmdb_reader import ABOUT, CURRENT, LOCKING, RECORDS, Environment, LmdbReader, opened_for_reading
 from ranker.memory.store import (
     Generation,
     GenerationWriter,
@@ -42,6 +44,7 @@ from ranker.memory.store import (
     switchable,
     wait_or_stop,
 )
+from ranker.memory.versions import MemoryVersions
 
 T = TypeVar("T")
 FIRST_MAP_BYTES = 64 << 20
@@ -96,26 +99,48 @@ class LmdbStore:
         found = [self._about(path.parent.name) for path in folders]
         return sorted((one for one in found if one is not None), key=lambda one: (one.begun_ms, one.name))
 
-    def current(self) -> str | None:
-        """What the file says."""
-        try:
-            return (self.root / "current").read_text().strip()
-        except FileNotFoundError:
-            return None
+    def current(self, versions: MemoryVersions) -> str | None:
+        """What their file says."""
+        return self.currents().get(versions)
+
+    def currents(self) -> dict[MemoryVersions, str]:
+        """What the files say."""
+        found: dict[MemoryVersions, str] = {}
+        for path in sorted((self.root / CURRENT).glob("[!.]*")):
+            try:
+                found[MemoryVersions.of_key(path.name)] = path.read_text().strip()
+            except FileNotFoundError:  # removed meanwhile
+                continue
+            except (ValueError, OSError) as error:
+                raise StoreError(f"{path}: names no current generation ({error}); remove it") from error
+        return found
 
     def switch(self, name: str) -> None:
         """Rename a new file over the old one."""
-        switchable(found_in(self.generations(), name, self.url), self.url)
-        aside = self.root / f".current.{os.getpid()}"
-        aside.write_text(f"{name}\n")
-        sync_path(aside)
-        aside.replace(self.root / "current")
-        sync_path(self.root)
+        generation = found_in(self.generations(), name, self.url)
+        switchable(generation, self.url)
+        folder = self.root / CURRENT
+        aside = folder / f".{generation.versions.key}.{os.getpid()}.{threading.get_ident()}"
+        try:
+            folder.mkdir(exist_ok=True)
+            aside.write_text(f"{name}\n")
+            sync_path(aside)
+            aside.replace(folder / generation.versions.key)
+            sync_path(folder)
+            sync_path(self.root)
+        except OSError as error:
+            raise StoreError(f"{folder}: cannot be written ({error}); free space or correct permissions") from error
 
-    def drop(self, name: str) -> None:
+    def drop(self, name: str, current: bool = False) -> None:
         """Remove its folder; who still reads it keeps what he has opened."""
-        droppable(named(name), self.current(), self.url)
-        shutil.rmtree(self._existing(name))
+        folder, currents = self._existing(name), self.currents()
+        if not current:
+            droppable(name, currents, self.url)
+        with self.lease(name):
+            for versions, of_versions in currents.items():
+                if of_versions == name:
+                    (self.root / CURRENT / versions.key).unlink(missing_ok=True)
+            shutil.rmtree(folder)
 
     def size(self, name: str) -> Size:
         """Records, and bytes of the pages in use."""
@@ -136,9 +161,9 @@ class LmdbStore:
             found = {bytes(key): bytes(value) for key, value in cursor.getmulti(names)}
         return [found.get(key) for key in names]
 
-    def reader(self, check_every_s: float = 1.0, retry_after_s: float = 1.0) -> StoreReader:
+    def reader(self, versions: MemoryVersions, check_every_s: float = 1.0, retry_after_s: float = 1.0) -> StoreReader:
         """For this process; it may fork afterwards."""
-        return LmdbReader(self.root, check_every_s)
+        return LmdbReader(self.root, versions, check_every_s)
 
     def close(self) -> None:
         """Nothing is held."""

@@ -32,7 +32,7 @@ class MemoryReader:
     Args:
         store_url: as :func:`ranker.memory.store.open_store` takes it; the store need not be there yet.
         blocks: number in ``model.long``, and what its records are of, as the export's manifest lists them.
-        versions: of the model that is served; records of others are lost ones.
+        versions: of the model that is served: their current generation is read, and records of others are lost ones.
         deadline_ms: of a read from Redis.
         check_every_s: how soon a switch to another generation is noticed.
         retry_after_s: how long a server that failed is left alone.
@@ -63,7 +63,7 @@ class MemoryReader:
             if not value > 0:
                 raise ValueError(f"{name}: {value}; must be greater than 0")
         self._blocks, self._versions, self._deadline_ms = dict(sorted(blocks.items())), versions, deadline_ms
-        self._reader = open_store(store_url).reader(check_every_s, retry_after_s)
+        self._reader = open_store(store_url).reader(versions, check_every_s, retry_after_s)
         self.counters = counters or MemoryCounters()
 
     def read(self, users: Sequence[int | str], probes: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:

@@ -16,13 +16,16 @@ import numpy as np
 from redis.crc import key_slot
 
 from ranker.memory.keys import I64, U64
-from ranker.memory.redis_url import RedisUrl, key_rows
+from ranker.memory.redis_url import CURRENT, RedisUrl, key_rows
 from ranker.memory.redis_wire import Address, Reply, ReplyError, packed
 from ranker.memory.redis_wires import Wires
 from ranker.memory.store import Lookup, Reason
+from ranker.memory.versions import MemoryVersions
 
 KEYS_OF_COMMAND = 1000
 """a server does nothing else while it answers one"""
+_UNANSWERED: Reply = -1
+"""stands for a reply that did not come; no command here is answered by a number"""
 _MOVED = ("MOVED", "ASK", "TRYAGAIN", "CLUSTERDOWN")
 Asks = dict[Address, list[tuple[I64, bytes]]]
 """commands by server, with the rows of the asked keys that each is about; none for the current generation's name"""
@@ -68,7 +71,11 @@ class _Found:
 class RedisReader:
     """Of the store at `url`; no server need be there yet."""
 
-    def __init__(self, url: RedisUrl, check_every_s: float = 1.0, retry_after_s: float = 1.0) -> None:
+    def __init__(
+        self, url: RedisUrl, versions: MemoryVersions, check_every_s: float = 1.0, retry_after_s: float = 1.0
+    ) -> None:
+        self._current_key = url.key(CURRENT).encode()
+        self._current_command = packed(b"HGET", self._current_key, versions.key.encode())
         self._url, self._check_every_s, self._retry_after_s = url, check_every_s, retry_after_s
         self._wires = Wires(url, retry_after_s)
         self._first: Address = (url.host, url.port)
@@ -100,26 +107,27 @@ class RedisReader:
     # ---- the current generation
 
     def _current(self, deadline: float) -> str:
-        if self._generation is None:
+        if (generation := self._generation) is None:
             if time.monotonic() < self._check_at:
                 raise _Lost("no_generation")
-            key = self._url.key("current").encode()
-            self._learn(self._asked_alone(self._home(key, deadline), packed(b"GET", key), deadline))
-        if self._generation is None:
+            home = self._home(self._current_key, deadline)
+            generation = self._learn(self._asked_alone(home, self._current_command, deadline))
+        if generation is None:
             raise _Lost("no_generation")
-        return self._generation
+        return generation
 
-    def _learn(self, reply: Reply | ReplyError) -> None:
-        self._generation = reply.decode(errors="replace") if isinstance(reply, bytes) else None
-        self._check_at = time.monotonic() + self._check_every_s
+    def _learn(self, reply: Reply | ReplyError) -> str | None:
+        generation = reply.decode(errors="replace") if isinstance(reply, bytes) else None
+        self._generation, self._check_at = generation, time.monotonic() + self._check_every_s
+        return generation
 
     def _question(self, deadline: float) -> Asks:
         """For the current generation's name, where it is time to ask; by one of the threads."""
         asks: Asks = defaultdict(list)
         if (now := time.monotonic()) >= self._check_at:
             self._check_at = now + self._check_every_s
-            key = self._url.key("current").encode()
-            asks[self._home(key, deadline)].append((np.zeros(0, np.int64), packed(b"GET", key)))
+            home = self._home(self._current_key, deadline)
+            asks[home].append((np.zeros(0, np.int64), self._current_command))
         return asks
 
     # ---- records
@@ -143,10 +151,10 @@ class RedisReader:
                     found.fail(answered.failure)
                 if answered.failure in ("timeout", "connection"):
                     self._slots = None  # another server may have taken its place
-                replies = [*answered.replies, *[None] * (len(asks[address]) - len(answered.replies))]
+                replies = [*answered.replies, *[_UNANSWERED] * (len(asks[address]) - len(answered.replies))]
                 for (some, _), reply in zip(asks[address], replies, strict=True):
                     if len(some) == 0:
-                        if isinstance(reply, bytes):
+                        if reply is None or isinstance(reply, bytes):
                             self._learn(reply)
                     elif isinstance(reply, list):
                         found.put(some, reply)

@@ -22,7 +22,7 @@ from ranker.memory.keys import U64
 from ranker.memory.lease import Lease
 from ranker.memory.redis_lease import redis_lease
 from ranker.memory.redis_reader import RedisReader
-from ranker.memory.redis_url import RedisUrl, key_names, key_of, shown
+from ranker.memory.redis_url import CURRENT, RedisUrl, key_names, key_of, shown
 from ranker.memory.store import (
     Generation,
     GenerationWriter,
@@ -36,6 +36,7 @@ from ranker.memory.store import (
     switchable,
     wait_or_stop,
 )
+from ranker.memory.versions import MemoryVersions
 
 COMMANDS = 2000
 """of a pipeline"""
@@ -91,23 +92,37 @@ class RedisStore:
         found = [Generation.model_validate_json(one) for one in raw]
         return sorted(found, key=lambda one: (one.begun_ms, one.name))
 
-    def current(self) -> str | None:
-        """What one key says."""
+    def current(self, versions: MemoryVersions) -> str | None:
+        """What a field of one key says."""
         with self.connected() as client:
-            name = client.get(self.at.key("current"))
+            name = client.hget(self.at.key(CURRENT), versions.key)
         return None if name is None else name.decode()
 
-    def switch(self, name: str) -> None:
-        """Write that key."""
-        switchable(found_in(self.generations(), name, self.url), self.url)
+    def currents(self) -> dict[MemoryVersions, str]:
+        """What its fields say."""
         with self.connected() as client:
-            client.set(self.at.key("current"), name)
+            names = client.hgetall(self.at.key(CURRENT))
+        try:
+            found = {MemoryVersions.of_key(key.decode()): name.decode() for key, name in names.items()}
+        except ValueError as error:
+            raise StoreError(f"{self.url}: {self.at.key(CURRENT)} has the field {error}; remove it") from error
+        return dict(sorted(found.items()))
 
-    def drop(self, name: str) -> None:
-        """Remove its records, then what is known of it: a drop that was cut off is done by another."""
-        droppable(named(name), self.current(), self.url)
+    def switch(self, name: str) -> None:
+        """Write that field."""
         generation = found_in(self.generations(), name, self.url)
+        switchable(generation, self.url)
         with self.connected() as client:
+            client.hset(self.at.key(CURRENT), generation.versions.key, name)
+
+    def drop(self, name: str, current: bool = False) -> None:
+        """Remove its records, then what is known of it: a drop that was cut off is done by another."""
+        generation, currents = found_in(self.generations(), named(name), self.url), self.currents()
+        if not current:
+            droppable(name, currents, self.url)
+        with self.lease(name), self.connected() as client:
+            for versions in [versions for versions, of_versions in currents.items() if of_versions == name]:
+                client.hdel(self.at.key(CURRENT), versions.key)
             unfinished = generation.model_copy(update={"finished_ms": None})
             client.hset(self.at.key("generations"), name, unfinished.model_dump_json())
             client.delete(self.at.key("done", name))
@@ -140,9 +155,9 @@ class RedisStore:
             starts = range(0, len(names), COMMANDS)
             return [value for at in starts for value in _values(client, names[at : at + COMMANDS])]
 
-    def reader(self, check_every_s: float = 1.0, retry_after_s: float = 1.0) -> StoreReader:
+    def reader(self, versions: MemoryVersions, check_every_s: float = 1.0, retry_after_s: float = 1.0) -> StoreReader:
         """With connections of its own."""
-        return RedisReader(self.at, check_every_s, retry_after_s)
+        return RedisReader(self.at, versions, check_every_s, retry_after_s)
 
     def close(self) -> None:
         """Close the connections."""

@@ -1,6 +1,7 @@
 """Where a Redis server or cluster is, under which names a store lies in it, and the bytes of its keys.
 
-Keys: ``NAMESPACE:current``, ``NAMESPACE:generations``, ``NAMESPACE:done:GENERATION``, and of records
+Keys: ``NAMESPACE:current``, a hash of generations' names by versions (:attr:`MemoryVersions.key`);
+``NAMESPACE:generations``, ``NAMESPACE:done:GENERATION``, ``NAMESPACE:lease:GENERATION``; and of records
 
     NAMESPACE ":" GENERATION ":{" 8 hexadecimal digits of the key's upper half "}" 4 bytes of its lower half, big-endian
 
@@ -22,6 +23,7 @@ from ranker.memory.keys import U64
 from ranker.memory.store import StoreError, named
 
 DEFAULT_NAMESPACE = "memory"
+CURRENT = "current"
 Bytes = npt.NDArray[np.uint8]
 _HEX = np.frombuffer(b"".join(b"%02x" % i for i in range(256)), np.uint8).reshape(256, 2)
 

@@ -151,22 +151,17 @@ def as_built(generation: Generation, given: MemoryConfig) -> MemoryConfig:
 
 
 def _current(store: MemoryStore, run: Run, versions: MemoryVersions) -> Generation:
-    """The generation that readers read.
+    """The generation that readers of this model read.
 
     Raises:
         StoreError: there is none that this run's build has made.
     """
-    name = store.current()
+    name = store.current(versions)
     for generation in store.generations():
         if generation.name == name and "config" in generation.notes:
-            if generation.versions != versions:
-                raise StoreError(
-                    f"{store.url}: generation {name} is of {generation.versions}, and {run.root} is of {versions}; its "
-                    f"memories are others: build them (`ranker memory build {run.root} --store {store.url}`)"
-                )
             return generation
     raise StoreError(
-        f"{store.url}: no current generation that `ranker memory build` has made; build it first "
+        f"{store.url}: no current generation of {versions} that `ranker memory build` has made; build it first "
         f"(`ranker memory build {run.root} --store {store.url}`)"
     )
 

@@ -1,9 +1,11 @@
-"""What a store of records offers, whatever keeps them: named generations, written side by side, read one at a time.
+"""What a store of records offers, whatever keeps them: named generations, written side by side, one read by each model.
 
 A generation is one build's records, with what is known of them (:class:`Generation`). Units of work are marked as done
 within it, each mark after or together with the unit's records, so that a build that was cut off goes on where it
-stood. Readers read the current generation, and :meth:`MemoryStore.switch` changes it for all of them at once; a reader
-notices within a second, and reads the former one till then.
+stood. Readers read the current generation of their own versions: servers of two models share a store, and a newly
+trained one's memories take nothing from those of the model in service. :meth:`MemoryStore.switch` makes a generation
+the current one of its versions, for all readers at once; a reader notices within a second, and reads the former till
+then.
 
     lmdb:PATH                              a folder of this machine (also: a path alone)
     redis://HOST:PORT/DB?namespace=NAME    a server; rediss:// by TLS; other parameters as redis-py's
@@ -53,7 +55,7 @@ class Generation(BaseModel):
     """the time whose histories the records hold"""
     begun_ms: int
     finished_ms: int | None = None
-    """None while it is being built: no reader can be switched to it"""
+    """None while it is being built: it cannot become a current one"""
     counts: dict[str, int] = Field(default_factory=dict)
     """what the build counted"""
     notes: dict[str, str] = Field(default_factory=dict)
@@ -87,7 +89,7 @@ class Size(NamedTuple):
 
 
 class StoreReader(Protocol):
-    """Looks up records of the current generation; for many threads."""
+    """Looks up records of the current generation of some versions; for many threads."""
 
     def get_many(self, keys: U64, deadline_ms: float) -> Lookup:
         """Records of the keys `[U]`, in their order; whatever the store does, in time and without raising."""
@@ -155,17 +157,27 @@ class MemoryStore(Protocol):
         """All of them, oldest first."""
         ...
 
-    def current(self) -> str | None:
-        """The name of the one that readers read."""
+    def current(self, versions: MemoryVersions) -> str | None:
+        """The name of the one that readers of these versions read."""
+        ...
+
+    def currents(self) -> dict[MemoryVersions, str]:
+        """The same of all versions that have one."""
         ...
 
     def switch(self, name: str) -> None:
-        """Have all readers read a finished generation from now on."""
+        """Have all readers of a finished generation's versions read it from now on."""
         ...
 
-    def drop(self, name: str) -> None:
-        """Remove a generation that is not the current one. Readers that have not noticed the last switch yet lose
-        records of Redis till they do."""
+    def drop(self, name: str, current: bool = False) -> None:
+        """Remove a generation. Readers that have not noticed the last switch yet lose records of Redis till they do.
+
+        Args:
+            current: also where it is the current one of its versions; their readers find nothing from then on.
+
+        Raises:
+            StoreError: there is none, it is a current one, or it is being written.
+        """
         ...
 
     def size(self, name: str) -> Size:
@@ -180,10 +192,11 @@ class MemoryStore(Protocol):
         """Records of a generation by their keys, without haste."""
         ...
 
-    def reader(self, check_every_s: float = 1.0, retry_after_s: float = 1.0) -> StoreReader:
+    def reader(self, versions: MemoryVersions, check_every_s: float = 1.0, retry_after_s: float = 1.0) -> StoreReader:
         """What looks up records online; made even while the store is absent.
 
         Args:
+            versions: whose current generation is read.
             check_every_s: how soon a switch is noticed.
             retry_after_s: how long a server that did not answer in time is left alone.
         """
@@ -264,7 +277,11 @@ def switchable(generation: Generation, url: str) -> None:
         )
 
 
-def droppable(name: str, current: str | None, url: str) -> None:
+def droppable(name: str, currents: Mapping[MemoryVersions, str], url: str) -> None:
     """Raise StoreError where readers read it."""
-    if name == current:
-        raise StoreError(f"{url}: generation {name!r} is the current one; switch to another first")
+    for versions, current in currents.items():
+        if name == current:
+            raise StoreError(
+                f"{url}: generation {name!r} is the current one of {versions}; switch to another of them first, or, "
+                "where servers of that model are to find nothing from now on, drop it with --current"
+            )

@@ -21,6 +21,25 @@ class MemoryVersions(NamedTuple):
     def __str__(self) -> str:
         return f"model {self.model:016x}, codebook {self.codebook:016x}"
 
+    @property
+    def key(self) -> str:
+        """Under which a store says which generation is their current one: model, "-", codebook, 16 hexadecimal digits
+        each."""
+        return f"{self.model:016x}-{self.codebook:016x}"
+
+    @classmethod
+    def of_key(cls, key: str) -> MemoryVersions:
+        """Those with this key.
+
+        Raises:
+            ValueError: it is none.
+        """
+        model, _, codebook = key.partition("-")
+        versions = cls(int(model, 16), int(codebook, 16))
+        if versions.key != key:
+            raise ValueError(f"{key}: no versions' key")
+        return versions
+
 
 def versions_of(run: Run, checkpoint: Path | None = None) -> MemoryVersions:
     """Versions of a run's checkpoint: the same for a copy of the run elsewhere, others after more training.

@@ -209,7 +209,8 @@ def test_memories_of_another_model_are_not_read(
     scorer = Scorer(other, url)
     found = score(scorer, exported, batch)
     torch.testing.assert_close(found, score(scorer_of("lmdb:nowhere"), exported, batch))
-    assert scorer.reader.counters.records("old_version") > 0
+    assert scorer.reader.counters.records("found") == 0
+    assert scorer.reader.counters.snapshot()['ranker_memory_failures_total{reason="no_generation"}'] == 1
     scorer.close()
 
 

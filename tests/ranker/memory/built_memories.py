@@ -26,10 +26,9 @@ def run_with_blocks(once: Callable[..., Path], config_of: Callable[..., TrainCon
 
 
 def everything_in(url: str, generation: str | None = None) -> dict[int, bytes]:
-    """A generation's records, the current one's by default."""
+    """A generation's records, by default those of the only current one."""
     store = open_store(url)
-    name = generation or store.current()
-    assert name is not None
+    (name,) = [generation] if generation else store.currents().values()
     return dict(store.records(name))
 
 

@@ -93,7 +93,7 @@ class Served:
             keys, probe = keys_of(users, number, request.numpy(), code), torch.arange(code.size)
         else:
             keys = user_keys(users, number)
-        name = self.store.current()
+        name = self.store.current(self.versions)
         assert name is not None
         stored = decode(self.store.get(name, keys.key), keys.fingerprint, self.versions).stored
         found = block.read_stored(stored, batch.now, Target(target.x, target.offsets, probe))
@@ -202,12 +202,13 @@ def test_the_same_command_again_finds_its_generation_finished(blocks_run: Path, 
 
 def test_a_new_generation_is_switched_to_and_older_ones_go(blocks_run: Path, tmp_path: Path):
     url = str(tmp_path / "store")
-    names = [built(blocks_run, url, codes={"most": most}).generation.name for most in (1, 2, 3)]
+    generations = [built(blocks_run, url, codes={"most": most}).generation for most in (1, 2, 3)]
+    names, versions = [generation.name for generation in generations], generations[0].versions
     store = open_store(url)
-    assert store.current() == names[2]
+    assert store.current(versions) == names[2]
     assert [one.name for one in store.generations()] == names[1:]
     other = built(blocks_run, url, switch=False, keep=0, dtype="int8").generation.name
-    assert store.current() == names[2]
+    assert store.current(versions) == names[2]
     assert {one.name for one in store.generations()} == {names[2], other}
 
 

@@ -110,7 +110,7 @@ def test_a_killed_build_goes_on_to_the_same_store(stores: Path, tmp_path: Path):
     assert killed.returncode == -signal.SIGKILL
     store = open_store(url)
     (generation,) = store.generations()
-    assert (generation.finished_ms, store.current()) == (None, None)
+    assert (generation.finished_ms, store.currents()) == (None, {})
     done = store.done(generation.name)
     assert list(done) == ["partition-00000"]
     report = build(stores / "run", url, SMALL)

@@ -57,7 +57,7 @@ def test_stats_show_every_generation(memory: Command, url: str):
     assert code == 0
     rows = {line.split("│")[1].strip(): line.split("│")[2:4] for line in said.splitlines() if line.startswith("│")}
     cells = {name: [cell.strip() for cell in row] for name, row in rows.items()}
-    assert cells["state"] == ["finished", "current"]
+    assert cells["state"] == ["finished", "current of its model"]
     assert cells["records"] == [str(3 * CODES), str(5 * CODES)]
     assert cells["dtype"] == ["float32", "int8"]
     assert cells["model"] == ["fffffffffffffffb"] * 2
@@ -109,10 +109,34 @@ def test_verify_finds_what_no_reader_would_take(memory: Command, url: str, tmp_p
 def test_switch_and_drop(memory: Command, url: str):
     code, said = memory("drop", url, "b")
     assert code == 2
-    assert "'b' is the current one; switch to another first" in said
+    assert "'b' is the current one of model fffffffffffffffb, codebook 0000000000000011; switch to another" in said
     code, said = memory("switch", url, "a")
     assert code == 0
     assert "b → a" in said
     assert memory("drop", url, "b")[0] == 0
     assert [one.name for one in open_store(url).generations()] == ["a"]
     assert memory("switch", url, "b")[0] == 2
+
+
+def test_a_current_generation_is_dropped_only_if_told_to(memory: Command, url: str):
+    assert "with --current" in memory("drop", url, "b")[1]
+    assert memory("drop", url, "b", "--current")[0] == 0
+    store = open_store(url)
+    assert (store.currents(), [one.name for one in store.generations()]) == ({}, ["a"])
+    code, said = memory("verify", url)
+    assert code == 2
+    assert "none is current; name one with --generation" in said
+
+
+def test_of_two_models_each_has_its_current_generation(memory: Command, url: str):
+    build(open_store(url), generation_of("new", begun_ms=3, model=4), range(2))
+    code, said = memory("stats", url)
+    assert code == 0
+    states = next(line for line in said.splitlines() if "state" in line)
+    assert [cell.strip() for cell in states.split("│")[2:5]] == ["finished", *["current of its model"] * 2]
+    code, said = memory("get", url, "--user", "1")
+    assert code == 2
+    assert "2 generations are current (new, b); name one with --generation" in said
+    code, said = memory("switch", url, "a")
+    assert "b → a, for servers of model fffffffffffffffb" in said
+    assert open_store(url).current(generation_of(model=4).versions) == "new"

@@ -129,7 +129,7 @@ def test_the_generation_says_what_it_holds_now(days: Path, store: str):
     generation = opened.generations()[-1]
     records = everything_in(store)
     assert generation == report.built.generation
-    assert opened.current() == generation.name
+    assert opened.current(generation.versions) == generation.name
     assert generation.notes["dataset"] == Dataset(days / "two").manifest.content_hash
     assert generation.counts["users"] == len(ACTIVE) + len(QUIET) + len(NEW) + 1
     assert generation.counts["records"] == len(records)
@@ -177,12 +177,12 @@ def test_memories_are_not_taken_back_to_an_older_day(days: Path, store: str):
 
 
 def test_a_store_without_this_models_memories_is_refused(days: Path, store: str, tmp_path: Path):
-    with pytest.raises(StoreError, match=r"no current generation .*build it first"):
+    with pytest.raises(StoreError, match=r"no current generation of model .*build it first"):
         refresh(days / "run", str(tmp_path / "empty"), days / "two")
     other = shutil.copytree(days / "run", tmp_path / "run")
     text = (other / "config.yaml").read_text()
     (other / "config.yaml").write_text(text.replace("init_scale: 0.5", "init_scale: 0.25"))
-    with pytest.raises(StoreError, match=r"generation .* is of model .* build them \(`ranker memory build"):
+    with pytest.raises(StoreError, match=r"no current generation of model .*build it first \(`ranker memory build"):
         refresh(other, store, days / "two")
 
 

@@ -12,6 +12,7 @@ import torch
 from ranker.memory.keys import hashes_of, keys_of
 from ranker.memory.reader import MemoryReader
 from ranker.memory.store import StoreError, open_store
+from ranker.memory.versions import MemoryVersions
 from tests.ranker.memory.stored_memories import (
     CODES,
     VERSIONS,
@@ -23,9 +24,9 @@ from tests.ranker.memory.stored_memories import (
 )
 
 
-def reader_of(url: str, **options: float) -> MemoryReader:
+def reader_of(url: str, versions: MemoryVersions = VERSIONS) -> MemoryReader:
     """In no haste: what it is asked in these tests it must find, however busy the machine."""
-    return MemoryReader(url, {0: "probe"}, VERSIONS, **{"deadline_ms": 10_000, "check_every_s": 0.02} | options)
+    return MemoryReader(url, {0: "probe"}, versions, deadline_ms=10_000, check_every_s=0.02)
 
 
 def test_what_was_put_is_read(url: str):
@@ -89,7 +90,8 @@ def test_an_unfinished_generation_cannot_be_current(url: str):
         store.switch("monday")
     with pytest.raises(StoreError, match="no generation 'tuesday'; it has monday"):
         store.switch("tuesday")
-    assert store.current() is None
+    assert store.current(VERSIONS) is None
+    assert store.currents() == {}
 
 
 def test_generations_are_listed_kept_and_dropped(url: str):
@@ -98,7 +100,7 @@ def test_generations_are_listed_kept_and_dropped(url: str):
     build(store, generation_of("b", begun_ms=1, notes={"run": "x"}), range(4))
     build(store, generation_of("a", begun_ms=2), range(2))
     first, second = store.generations()
-    assert (first.name, second.name, store.current()) == ("b", "a", "a")
+    assert (first.name, second.name, store.current(VERSIONS)) == ("b", "a", "a")
     assert (first.notes, first.versions, first.finished_ms) == ({"run": "x"}, VERSIONS, 9)
     with pytest.raises(StoreError, match="'a' is the current one"):
         store.drop("a")
@@ -169,8 +171,67 @@ def test_a_store_that_comes_later_is_found(url: str):
 
 
 def test_records_of_other_versions_are_lost(url: str):
-    build(open_store(url), generation_of(codebook=4), range(3))
+    store = open_store(url)
+    build(store, generation_of(), [0])
+    writer = store.begin(generation_of())
+    put(writer, [1], versions=VERSIONS._replace(codebook=4))
+    writer.close()
     reader = reader_of(url)
     assert reader.read([1], probes_of(1))["0.lengths"].tolist() == [[0, 0]] * CODES
     assert reader.counters.records("old_version") == CODES
     reader.close()
+
+
+OTHER = VERSIONS._replace(model=4)
+
+
+def test_two_models_share_a_store_each_with_a_current_generation_of_its_own(url: str):
+    store = open_store(url)
+    build(store, generation_of("old"), range(3), shift=1)
+    old = reader_of(url)
+    build(store, generation_of("new", begun_ms=6, model=OTHER.model), range(3), shift=2)
+    new = reader_of(url, versions=OTHER)
+    assert store.currents() == {OTHER: "new", VERSIONS: "old"}
+    time.sleep(0.03)
+    for reader, shift in ((old, 1), (new, 2)):
+        assert torch.equal(reader.read([1], probes_of(1))["0.values"], expected([1], shift))
+    build(store, generation_of("newer", begun_ms=7), range(3), shift=3)
+    time.sleep(0.03)
+    for reader, shift in ((old, 3), (new, 2)):
+        reader.read([1], probes_of(1))  # by which Redis' readers learn of the switch
+        assert torch.equal(reader.read([1], probes_of(1))["0.values"], expected([1], shift))
+    assert (store.current(VERSIONS), store.current(OTHER)) == ("newer", "new")
+    old.close()
+    new.close()
+
+
+def test_a_current_generation_that_is_dropped_leaves_its_models_readers_with_nothing(url: str):
+    store = open_store(url)
+    build(store, generation_of("old"), range(3), shift=1)
+    build(store, generation_of("new", begun_ms=6, model=OTHER.model), range(3), shift=2)
+    readers = reader_of(url), reader_of(url, versions=OTHER)
+    for reader in readers:
+        reader.read([1], probes_of(1))
+    with pytest.raises(StoreError, match=r"'old' is the current one of model ffff.* drop it with --current"):
+        store.drop("old")
+    store.drop("old", current=True)
+    time.sleep(0.03)
+    for reader in readers:
+        reader.read([1], probes_of(1))
+    time.sleep(0.03)
+    gone, there = (reader.read([1], probes_of(1))["0.values"] for reader in readers)
+    assert (store.currents(), [one.name for one in store.generations()]) == ({OTHER: "new"}, ["new"])
+    assert (gone.numel(), readers[0].generation()) == (0, None)
+    assert readers[0].counters.snapshot()['ranker_memory_failures_total{reason="no_generation"}'] > 0
+    assert torch.equal(there, expected([1], 2))
+    for reader in readers:
+        reader.close()
+
+
+def test_what_is_being_written_is_not_dropped(url: str):
+    store = open_store(url)
+    build(store, generation_of("a"), range(3))
+    build(store, generation_of("b", begun_ms=6), range(3))
+    with store.lease("a"), pytest.raises(StoreError, match="wait until it is done with generation 'a'"):
+        store.drop("a")
+    store.drop("a")
