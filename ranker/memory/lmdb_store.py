@@ -7,7 +7,6 @@ Layout::
     generations/NAME/        an LMDB environment: database `records`, key (8 bytes, big-endian) → record;
                              database `about`: what is known of it, and a mark for each unit of work that is done
 
-A mark is committed with the last of its unit's records: what is marked is there, whatever process was killed when.
 Several processes of one machine may write a generation, one commit at a time. The map grows as it fills; readers
 reserve address space for what it may become. One process opens an environment for writing or for reading, not for both.
 """
@@ -18,19 +17,21 @@ import json
 import os
 import shutil
 import threading
-import weakref
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from itertools import islice
 from pathlib import Path
-from typing import TypeVar
 
 import lmdb
-import numpy as np
+from pydantic import ValidationError
 
+from features.progress import log
 from features.publish import sync_path
 from ranker.memory.keys import U64
 from ranker.memory.lease import Lease, file_lease
-from ranker.memory.lmdb_reader import ABOUT, CURRENT, LOCKING, RECORDS, Environment, LmdbReader, opened_for_reading
+from ranker.memory.lmdb_environment import DATA, Environment, opened_for_either
+from ranker.memory.lmdb_reader import CURRENT, LmdbReader
+from ranker.memory.lmdb_writer import DONE, GENERATION, LmdbWriter, names_of
 from ranker.memory.store import (
     Generation,
     GenerationWriter,
@@ -46,14 +47,8 @@ from ranker.memory.store import (
 )
 from ranker.memory.versions import MemoryVersions
 
-T = TypeVar("T")
-FIRST_MAP_BYTES = 64 << 20
-COMMIT_BYTES = 64 << 20
-"""records that a writer gathers for one commit"""
-_GENERATION, _DONE = b"generation", b"done/"
-
-_writing: weakref.WeakValueDictionary[str, Environment] = weakref.WeakValueDictionary()
-"""environments that this process writes, by folder: it may read them by the same handle alone"""
+BATCH = 4096
+"""records that are read in one transaction: a long one would keep old pages from being used again"""
 
 
 class LmdbStore:
@@ -62,6 +57,7 @@ class LmdbStore:
     def __init__(self, root: str) -> None:
         self.root = Path(root)
         self.url = f"lmdb:{root}"
+        self._told: set[str] = set()
 
     def begin(self, generation: Generation) -> GenerationWriter:
         """Make it, or go on with it; readers of this process must have been closed."""
@@ -87,15 +83,16 @@ class LmdbStore:
         """By unit."""
         marks: dict[str, dict[str, int]] = {}
         with self._reading(name) as (txn, opened), txn.cursor(opened.about) as cursor:
-            there = cursor.set_range(_DONE)
-            while there and (key := bytes(cursor.key())).startswith(_DONE):
-                marks[key[len(_DONE) :].decode()] = json.loads(bytes(cursor.value()))
+            there = cursor.set_range(DONE)
+            while there and (key := bytes(cursor.key())).startswith(DONE):
+                marks[key[len(DONE) :].decode()] = json.loads(bytes(cursor.value()))
                 there = cursor.next()
         return marks
 
     def generations(self) -> list[Generation]:
-        """Those that were begun; a folder in which a writer was killed before its first commit is none yet."""
-        folders = sorted((self.root / "generations").glob("*/data.mdb"))
+        """Those that were begun; a folder in which a writer was killed before its first commit is none yet, and one
+        that cannot be read is told of and passed by."""
+        folders = sorted((self.root / "generations").glob(f"*/{DATA}"))
         found = [self._about(path.parent.name) for path in folders]
         return sorted((one for one in found if one is not None), key=lambda one: (one.begun_ms, one.name))
 
@@ -149,10 +146,19 @@ class LmdbStore:
             return Size(txn.stat(opened.records)["entries"], used)
 
     def records(self, name: str) -> Iterator[tuple[int, bytes]]:
-        """By ascending key, as of one moment."""
-        with self._reading(name) as (txn, opened), txn.cursor(opened.records) as cursor:
-            for key, value in cursor:
-                yield int.from_bytes(key, "big"), bytes(value)
+        """By ascending key; each batch as of one moment, so that a writer may remove what it reads."""
+        after = b""
+        while True:
+            with self._reading(name) as (txn, opened), txn.cursor(opened.records) as cursor:
+                there = cursor.set_range(after) if after else cursor.first()
+                if there and bytes(cursor.key()) == after:
+                    there = cursor.next()
+                batch = [(bytes(key), bytes(value)) for key, value in islice(cursor, BATCH)] if there else []
+            for key, value in batch:
+                yield int.from_bytes(key, "big"), value
+            if not batch:
+                return
+            after = batch[-1][0]
 
     def get(self, name: str, keys: U64) -> list[bytes | None]:
         """By one cursor."""
@@ -173,160 +179,48 @@ class LmdbStore:
 
     def _existing(self, name: str) -> Path:
         folder = self._folder(named(name))
-        if not (folder / "data.mdb").is_file():
+        if not (folder / DATA).is_file():
             found_in(self.generations(), name, self.url)
         return folder
 
     def _about(self, name: str) -> Generation | None:
         try:
             with self._reading(name) as (txn, opened):
-                raw = txn.get(_GENERATION, db=opened.about)
+                raw = txn.get(GENERATION, db=opened.about)
+            return None if raw is None else Generation.model_validate_json(bytes(raw))
         except _NotBegunError:
             return None
-        return None if raw is None else Generation.model_validate_json(bytes(raw))
+        except StoreError as error:
+            reason = str(error)
+        except ValidationError:
+            reason = (
+                f"{self._folder(name)}: what it says of itself cannot be read; drop it "
+                f"(`ranker memory drop {self.url} {name}`) and build it again"
+            )
+        if name not in self._told:
+            self._told.add(name)
+            log(f"{reason}; it is passed by")
+        return None
 
     @contextmanager
     def _reading(self, name: str) -> Generator[tuple[lmdb.Transaction, Environment]]:
         """A transaction; by the writer's handle where this process writes that generation."""
         folder = self._existing(name)
         try:
-            opened = _writing.get(str(folder.resolve())) or opened_for_reading(folder)
-            with opened.env.begin() as txn:
+            if not (folder / DATA).stat().st_size:
+                raise lmdb.NotFoundError(f"{DATA} is empty")
+            opened = opened_for_either(folder)
+            with opened.transaction() as txn:
                 yield txn, opened
         except lmdb.NotFoundError as error:
             raise _NotBegunError(
                 f"{folder}: nothing was committed yet; wait for its build, or start it again"
             ) from error
-        except lmdb.Error as error:
-            raise StoreError(f"{folder}: cannot be read ({error}); build the generation again") from error
+        except (lmdb.Error, OSError) as error:
+            raise StoreError(
+                f"{folder}: cannot be read ({error}); drop it (`ranker memory drop {self.url} {name}`); build it again"
+            ) from error
 
 
 class _NotBegunError(StoreError):
     """A writer was killed, or is at work, before its first commit."""
-
-
-def names_of(keys: U64) -> list[bytes]:
-    """Keys as LMDB has them: big-endian, so that they lie in numeric order."""
-    return np.ascontiguousarray(keys).astype(">u8").view("V8").tolist()
-
-
-class LmdbWriter:
-    """Writes one generation; for one thread.
-
-    Raises:
-        StoreError: this process reads it, or the folder cannot be written.
-    """
-
-    def __init__(self, folder: Path, url: str) -> None:
-        self.folder, self.url = folder, url
-        self._pending: dict[bytes, bytes | None] = {}  # None: to be removed
-        self._pending_bytes = self._records = self._bytes = 0
-        self._opened: Environment | None = _opened_for_writing(folder)
-
-    def register(self, generation: Generation) -> None:
-        """Write what is known of it, unless another process has.
-
-        Raises:
-            StoreError: it exists with other records.
-        """
-
-        def write(txn: lmdb.Transaction, opened: Environment) -> None:
-            raw = txn.get(_GENERATION, db=opened.about)
-            if raw is None:
-                txn.put(_GENERATION, generation.model_dump_json().encode(), db=opened.about)
-            else:
-                refuse_other(Generation.model_validate_json(bytes(raw)), generation, self.url)
-
-        self._commit(write)
-
-    def replace(self, generation: Generation) -> None:
-        """Write what is known of it now."""
-        raw = generation.model_dump_json().encode()
-        self._commit(lambda txn, opened: txn.put(_GENERATION, raw, db=opened.about))
-
-    def put_many(self, keys: U64, values: Sequence[bytes]) -> None:
-        """Gather them for a commit."""
-        self._pending.update(zip(names_of(keys), values, strict=True))
-        added = sum(map(len, values))
-        self._records, self._bytes = self._records + len(values), self._bytes + added
-        self._pending_bytes += added
-        if self._pending_bytes >= COMMIT_BYTES:
-            self._write({})
-
-    def remove_many(self, keys: U64) -> None:
-        """Gather them for the same commit."""
-        self._pending.update(dict.fromkeys(names_of(keys)))
-
-    def done(self, unit: str, counts: Mapping[str, int] | None = None) -> None:
-        """Commit what is gathered with the mark; `records` and `bytes` put since the last mark are counted."""
-        mark = {"records": self._records, "bytes": self._bytes, **(counts or {})}
-        self._write({_DONE + unit.encode(): json.dumps(mark).encode()})
-        self._records = self._bytes = 0
-
-    def close(self) -> None:
-        """Commit what is left."""
-        if self._opened is not None and self._pending:
-            self._write({})
-        self._opened = None  # the last handle closes it
-
-    def _write(self, marks: dict[bytes, bytes]) -> None:
-        pending = sorted(self._pending.items())  # in the order of the pages
-        records = [(name, value) for name, value in pending if value is not None]
-        removed = [name for name, value in pending if value is None]
-
-        def write(txn: lmdb.Transaction, opened: Environment) -> None:
-            with txn.cursor(opened.records) as cursor:
-                cursor.putmulti(records)
-            for name in removed:
-                txn.delete(name, db=opened.records)
-            for name, mark in marks.items():
-                txn.put(name, mark, db=opened.about)
-
-        self._commit(write)
-        self._pending, self._pending_bytes = {}, 0
-
-    def _commit(self, write: Callable[[lmdb.Transaction, Environment], object]) -> None:
-        """One transaction, again in a larger map where it does not fit."""
-        if (opened := self._opened) is None:
-            raise StoreError(f"{self.folder}: the writer is closed; begin the generation again")
-        try:
-            opened.env.reader_check()  # slots of readers that were killed would keep old pages from being used again
-
-            def commit() -> None:
-                with opened.env.begin(write=True) as txn:
-                    write(txn, opened)
-
-            _in_larger_maps(opened.env, commit)
-        except lmdb.Error as error:
-            raise _unwritable(self.folder, error) from error
-
-
-def _opened_for_writing(folder: Path) -> Environment:
-    key = str(folder.resolve())
-    if (opened := _writing.get(key)) is None:
-        size = (folder / "data.mdb").stat().st_size if (folder / "data.mdb").is_file() else 0
-        try:
-            env = lmdb.open(key, map_size=max(FIRST_MAP_BYTES, 2 * size), **LOCKING)
-            records = _in_larger_maps(env, lambda: env.open_db(RECORDS))
-            opened = Environment(env, records, _in_larger_maps(env, lambda: env.open_db(ABOUT)))
-        except lmdb.Error as error:
-            raise _unwritable(folder, error) from error
-        _writing[key] = opened
-    return opened
-
-
-def _in_larger_maps(env: lmdb.Environment, work: Callable[[], T]) -> T:
-    """Do it, again with a larger map where it does not fit, or where another process has made the map larger."""
-    while True:
-        try:
-            return work()
-        except lmdb.MapFullError:
-            env.set_mapsize(2 * env.info()["map_size"])
-        except lmdb.MapResizedError:
-            env.set_mapsize(0)
-
-
-def _unwritable(folder: Path, error: lmdb.Error) -> StoreError:
-    return StoreError(
-        f"{folder}: cannot be written ({error}); close this process's readers of it, free space or correct permissions"
-    )

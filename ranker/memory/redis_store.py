@@ -14,10 +14,12 @@ from typing import Any
 
 import numpy as np
 import redis
+from pydantic import ValidationError
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from redis.retry import Retry
 
+from features.progress import log
 from ranker.memory.keys import U64
 from ranker.memory.lease import Lease
 from ranker.memory.redis_lease import redis_lease
@@ -50,6 +52,7 @@ class RedisStore:
         self.at = RedisUrl.parse(url)
         self.url = shown(url)
         self._given, self._timeout_s = url, timeout_s
+        self._told: set[str] = set()
         self._client: Any = None
 
     def begin(self, generation: Generation) -> GenerationWriter:
@@ -86,11 +89,24 @@ class RedisStore:
         return {unit.decode(): json.loads(mark) for unit, mark in sorted(marks.items())}
 
     def generations(self) -> list[Generation]:
-        """Those that were begun."""
+        """Those that were begun; one that cannot be read is told of and passed by."""
         with self.connected() as client:
-            raw = client.hvals(self.at.key("generations"))
-        found = [Generation.model_validate_json(one) for one in raw]
-        return sorted(found, key=lambda one: (one.begun_ms, one.name))
+            raw = client.hgetall(self.at.key("generations"))
+        found = [self._known(name.decode(), one) for name, one in raw.items()]
+        return sorted((one for one in found if one is not None), key=lambda one: (one.begun_ms, one.name))
+
+    def _known(self, name: str, raw: bytes) -> Generation | None:
+        """What is known of a generation, None where it cannot be read."""
+        try:
+            return Generation.model_validate_json(raw)
+        except ValidationError:
+            if name not in self._told:
+                self._told.add(name)
+                log(
+                    f"{self.url}: what generation {name!r} says of itself cannot be read; drop it "
+                    f"(`ranker memory drop {self.url} {name}`) and build it again; it is passed by"
+                )
+            return None
 
     def current(self, versions: MemoryVersions) -> str | None:
         """What a field of one key says."""
@@ -117,14 +133,20 @@ class RedisStore:
 
     def drop(self, name: str, current: bool = False) -> None:
         """Remove its records, then what is known of it: a drop that was cut off is done by another."""
-        generation, currents = found_in(self.generations(), named(name), self.url), self.currents()
+        currents = self.currents()
         if not current:
-            droppable(name, currents, self.url)
+            droppable(named(name), currents, self.url)
+        with self.connected() as client:
+            raw = client.hget(self.at.key("generations"), name)
+        if raw is None:
+            found_in(self.generations(), name, self.url)
+            raise StoreError(f"{self.url}: generation {name!r} came just now; look again, then drop it")
         with self.lease(name), self.connected() as client:
             for versions in [versions for versions, of_versions in currents.items() if of_versions == name]:
                 client.hdel(self.at.key(CURRENT), versions.key)
-            unfinished = generation.model_copy(update={"finished_ms": None})
-            client.hset(self.at.key("generations"), name, unfinished.model_dump_json())
+            if (generation := self._known(name, raw)) is not None:
+                unfinished = generation.model_copy(update={"finished_ms": None})
+                client.hset(self.at.key("generations"), name, unfinished.model_dump_json())
             client.delete(self.at.key("done", name))
             for names in self._batches(name):
                 pipeline = client.pipeline(transaction=False)

@@ -7,15 +7,17 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import lmdb
+import numpy as np
 import pytest
 import torch
 
-from ranker.memory import lmdb_store
-from ranker.memory.lmdb_reader import LOCKING
+from ranker.memory import lmdb_environment, lmdb_store, lmdb_writer
+from ranker.memory.lmdb_environment import LOCKING
 from ranker.memory.reader import MemoryReader
 from ranker.memory.store import StoreError, open_store
 from ranker.memory.verify import verify
@@ -69,7 +71,7 @@ def test_a_killed_writer_leaves_whole_units_and_can_be_gone_on_with(tmp_path: Pa
 def test_processes_write_one_generation_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Each of them grows the map, which the others take over."""
     url = f"lmdb:{tmp_path}"
-    monkeypatch.setattr(lmdb_store, "FIRST_MAP_BYTES", 1 << 17)
+    monkeypatch.setattr(lmdb_environment, "FIRST_MAP_BYTES", 1 << 17)
     store = open_store(url)
     mine = store.begin(generation_of())
     writers = [start("writing", url, "monday", 300 * (1 + i), 150, 2) for i in range(2)]
@@ -85,8 +87,8 @@ def test_processes_write_one_generation_together(tmp_path: Path, monkeypatch: py
 
 
 def test_the_map_grows_as_it_fills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(lmdb_store, "FIRST_MAP_BYTES", 1 << 18)
-    monkeypatch.setattr(lmdb_store, "COMMIT_BYTES", 1 << 20)
+    monkeypatch.setattr(lmdb_environment, "FIRST_MAP_BYTES", 1 << 18)
+    monkeypatch.setattr(lmdb_writer, "COMMIT_BYTES", 1 << 20)
     store = open_store(str(tmp_path))
     build(store, generation_of(), range(5_000))
     assert store.size("monday").records == 5_000 * CODES
@@ -201,5 +203,130 @@ def test_a_folder_that_vanishes_or_is_no_store_gives_lost_records(tmp_path: Path
     damaged = reader_of(url)
     assert damaged.read([1], probes_of(1))["0.lengths"].tolist() == [[0, 0]] * CODES
     assert damaged.counters.snapshot()['ranker_memory_failures_total{reason="store"}'] == 1
-    with pytest.raises(StoreError, match=r"cannot be read .*; build the generation again"):
-        open_store(url).generations()
+    with pytest.raises(StoreError, match=r"cannot be read .*; drop it \(`ranker memory drop lmdb:.* monday`\)"):
+        open_store(url).size("monday")
+
+
+def test_a_generation_that_cannot_be_read_is_passed_by_and_can_be_dropped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    store = open_store(str(tmp_path))
+    build(store, generation_of("whole"), range(3))
+    for name, data in (("half", b""), ("damaged", b"no database" * 1000)):
+        (tmp_path / "generations" / name).mkdir()
+        (tmp_path / "generations" / name / "data.mdb").write_bytes(data)
+    odd = lmdb.open(str(tmp_path / "generations" / "odd"), max_dbs=2)
+    about, _ = odd.open_db(b"about"), odd.open_db(b"records")
+    with odd.begin(write=True, db=about) as txn:
+        txn.put(b"generation", b'{"of": "another program"}')
+    odd.close()
+    for _ in range(2):
+        assert [one.name for one in store.generations()] == ["whole"]
+    said = capsys.readouterr().err
+    for name, times in (("damaged", 1), ("odd", 1), ("half", 0)):
+        assert said.count(f"(`ranker memory drop {store.url} {name}`)") == times
+    store.switch("whole")
+    with pytest.raises(StoreError, match=r"one that is damaged: `ranker memory drop"):
+        store.begin(generation_of("damaged"))
+    for name in ("half", "damaged", "odd"):
+        store.drop(name)
+        assert not (tmp_path / "generations" / name).exists()
+    build(store, generation_of("damaged"), range(3))
+
+
+def test_a_writer_reads_what_other_processes_made_larger_than_its_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(lmdb_environment, "FIRST_MAP_BYTES", 1 << 17)
+    url = f"lmdb:{tmp_path}"
+    store = open_store(url)
+    mine = store.begin(generation_of())
+    put(mine, [0])
+    mine.done("mine")
+    assert start("writing", url, "monday", 1, 2_000, 1).wait(120) == 0
+    assert store.done("monday").keys() == {"mine", "1.0"}
+    assert store.size("monday").records == 2_001 * CODES
+    mine.close()
+
+
+def test_a_file_that_grows_beyond_a_servers_map_costs_it_no_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """While four threads read: the map moves between their look-ups."""
+    monkeypatch.setattr(lmdb_environment, "RESERVED_BYTES", 1 << 17)
+    url = f"lmdb:{tmp_path}"
+    build(open_store(url), generation_of(), range(30))
+    readers = [reader_of(url) for _ in range(2)]
+    stop = threading.Event()
+    wrong: list[int] = []
+
+    def read(reader: MemoryReader) -> None:
+        while not stop.is_set():
+            if not torch.equal(reader.read([7, 29], probes_of(2))["0.values"], expected([7, 29])):
+                wrong.append(1)
+
+    threads = [threading.Thread(target=read, args=[reader]) for reader in readers * 2]
+    for thread in threads:
+        thread.start()
+    assert start("writing", url, "monday", 30, 1_000, 4).wait(120) == 0
+    time.sleep(0.1)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert readers[0].counters.records("unavailable") == 0
+    assert torch.equal(readers[0].read([4_029], probes_of(1))["0.values"], expected([4_029]))
+
+
+def test_a_readers_map_has_room_for_a_file_of_any_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    build(open_store(str(tmp_path)), generation_of(), range(2_000))
+    monkeypatch.setattr(lmdb_environment, "RESERVED_BYTES", 1 << 10)
+    folder = tmp_path / "generations" / "monday"
+    opened = lmdb_environment.opened_for_reading(folder)
+    assert opened.env.info()["map_size"] >= 4 * (folder / "data.mdb").stat().st_size
+
+
+def test_a_generation_that_was_built_again_under_its_name_is_read_anew(tmp_path: Path):
+    """Though another reader of this process still holds the removed file."""
+    url = f"lmdb:{tmp_path}"
+    store = open_store(url)
+    build(store, generation_of("blue"), range(3), shift=1)
+    held, busy = reader_of(url), reader_of(url)
+    for reader in (held, busy):
+        assert torch.equal(reader.read([1], probes_of(1))["0.values"], expected([1], 1))
+    build(store, generation_of("green"), range(3), shift=2)
+    time.sleep(0.03)
+    assert torch.equal(busy.read([1], probes_of(1))["0.values"], expected([1], 2))
+    store.drop("blue")
+    build(store, generation_of("blue"), range(3), shift=3)
+    time.sleep(0.03)
+    assert torch.equal(busy.read([1], probes_of(1))["0.values"], expected([1], 3))
+    assert torch.equal(held.read([1], probes_of(1))["0.values"], expected([1], 3))
+
+
+def test_removals_are_committed_as_they_gather(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(lmdb_writer, "COMMIT_BYTES", 100 * lmdb_writer.REMOVAL_BYTES)
+    store = open_store(str(tmp_path))
+    build(store, generation_of(), range(20))
+    writer = store.begin(generation_of())
+    keys = np.array([key for key, _ in store.records("monday")], np.uint64)
+    for at in range(0, 150, 10):
+        writer.remove_many(keys[at : at + 10])
+    assert store.size("monday").records == 20 * CODES - 100
+    writer.done("removed")
+    assert store.size("monday").records == 20 * CODES - 150
+
+
+def test_records_may_be_removed_and_put_while_they_are_gone_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """In a map that has to grow meanwhile."""
+    monkeypatch.setattr(lmdb_writer, "COMMIT_BYTES", 1)
+    monkeypatch.setattr(lmdb_environment, "FIRST_MAP_BYTES", 1 << 17)
+    monkeypatch.setattr(lmdb_store, "BATCH", 10)
+    store = open_store(str(tmp_path))
+    build(store, generation_of(), range(10))
+    before = dict(store.records("monday"))
+    writer, seen = store.begin(generation_of()), 0
+    for key, _ in store.records("monday"):
+        if key in before:
+            seen += 1
+            writer.remove_many(np.array([key], np.uint64))
+            writer.put_many(np.array([2**64 - seen], np.uint64), [b"x" * 10_000])
+    writer.close()
+    assert seen == len(before)
+    assert {key for key, _ in store.records("monday")} == {2**64 - i for i in range(1, seen + 1)}

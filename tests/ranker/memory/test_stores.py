@@ -22,6 +22,7 @@ from tests.ranker.memory.stored_memories import (
     probes_of,
     put,
 )
+from tests.redis_servers import RedisServer
 
 
 def reader_of(url: str, versions: MemoryVersions = VERSIONS) -> MemoryReader:
@@ -235,3 +236,17 @@ def test_what_is_being_written_is_not_dropped(url: str):
     with store.lease("a"), pytest.raises(StoreError, match="wait until it is done with generation 'a'"):
         store.drop("a")
     store.drop("a")
+
+
+def test_a_generation_of_which_redis_knows_nothing_readable_is_passed_by_and_can_be_dropped(
+    server: RedisServer, capsys: pytest.CaptureFixture[str]
+):
+    store = open_store(f"{server.url}?namespace=unreadable")
+    build(store, generation_of("whole"), range(3))
+    store.begin(generation_of("odd")).close()
+    server.client().hset("unreadable:generations", "odd", '{"of": "another program"}')
+    for _ in range(2):
+        assert [one.name for one in store.generations()] == ["whole"]
+    assert capsys.readouterr().err.count(f"(`ranker memory drop {store.url} odd`)") == 1
+    store.drop("odd")
+    assert server.client().hkeys("unreadable:generations") == [b"whole"]
