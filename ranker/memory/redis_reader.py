@@ -149,7 +149,7 @@ class RedisReader:
             for address, answered in self._wires.exchange(commands, deadline, fresh).items():
                 if answered.failure:
                     found.fail(answered.failure)
-                if answered.failure in ("timeout", "connection"):
+                if answered.failure in ("timeout", "connection", "unresolved"):
                     self._slots = None  # another server may have taken its place
                 replies = [*answered.replies, *[_UNANSWERED] * (len(asks[address]) - len(answered.replies))]
                 for (some, _), reply in zip(asks[address], replies, strict=True):

@@ -12,10 +12,10 @@ import ssl
 import time
 from collections.abc import Sequence
 
+from ranker.memory.names import Address, Resolved
 from ranker.memory.redis_url import RedisUrl
 
 RECEIVED_BYTES = 1 << 16
-Address = tuple[str, int]
 Reply = bytes | int | None | list["Reply"]
 
 
@@ -27,16 +27,17 @@ class Wire:
     """Connected, authenticated, and in the URL's database.
 
     Args:
+        resolved: addresses of the server, tried in this order.
         deadline: of :func:`time.monotonic`.
 
     Raises:
-        OSError: no connection, TimeoutError where none in time.
+        OSError: no connection, TimeoutError where none in time, socket.gaierror where the name has no address.
         ReplyError: the server refuses.
     """
 
-    def __init__(self, url: RedisUrl, address: Address, deadline: float) -> None:
+    def __init__(self, url: RedisUrl, address: Address, resolved: Sequence[Resolved], deadline: float) -> None:
         self._data, self._at = b"", 0
-        self._socket = _connected(address, url.tls, deadline)
+        self._socket = _connected(address, resolved, url.tls, deadline)
         greeting: list[bytes] = []
         if url.password is not None or url.username is not None:
             names = [] if url.username is None else [url.username.encode()]
@@ -149,13 +150,14 @@ def _left(deadline: float) -> float:
     return left
 
 
-def _connected(address: Address, tls: ssl.SSLContext | None, deadline: float) -> socket.socket:
-    """By the first of the host's addresses that accepts. Names are resolved by the system, in its own time: give an
-    address, or a name that a cache near by knows."""
-    failure: OSError = ConnectionError(f"{address[0]}: no address")
-    found: Sequence[tuple[int, int, int, str, tuple[object, ...]]] = socket.getaddrinfo(*address, 0, socket.SOCK_STREAM)
-    for family, kind, protocol, _, where in found:
-        plain = socket.socket(family, kind, protocol)
+def _connected(
+    address: Address, resolved: Sequence[Resolved], tls: ssl.SSLContext | None, deadline: float
+) -> socket.socket:
+    """To the first of the addresses that accepts."""
+    name = address[0]
+    failure = socket.gaierror(f"{name}: no address") if name else ConnectionError("no server")
+    for family, where in resolved:
+        plain = socket.socket(family, socket.SOCK_STREAM)
         try:
             plain.settimeout(_left(deadline))
             plain.connect(where)
@@ -163,7 +165,7 @@ def _connected(address: Address, tls: ssl.SSLContext | None, deadline: float) ->
             if tls is None:
                 return plain
             plain.settimeout(_left(deadline))
-            return tls.wrap_socket(plain, server_hostname=address[0])
+            return tls.wrap_socket(plain, server_hostname=name)
         except OSError as error:
             plain.close()
             failure = error

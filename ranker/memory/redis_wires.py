@@ -1,12 +1,14 @@
 """Connections to the servers of a store, and which of them to leave alone for now.
 
 A server that does not answer in time, or not as it should, is left alone for `retry_after_s`; then one thread tries it
-while the others still pass it by. So an outage costs one request its deadline, and those that follow nothing. Its
-connections are closed, and with them goes what it still may answer.
+while the others still pass it by. So an outage costs the requests that are in flight then their deadline, and those that
+follow nothing. Its connections are closed, and with them goes what it still may answer. Names are resolved by no request
+(:mod:`ranker.memory.names`).
 """
 
 from __future__ import annotations
 
+import socket
 import ssl
 import threading
 import time
@@ -14,8 +16,9 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from ranker.memory.names import NAMES, Address
 from ranker.memory.redis_url import RedisUrl
-from ranker.memory.redis_wire import Address, Reply, ReplyError, Wire
+from ranker.memory.redis_wire import Reply, ReplyError, Wire
 from ranker.memory.store import Reason
 
 
@@ -37,6 +40,7 @@ class Wires:
         self._idle: dict[Address, list[Wire]] = defaultdict(list)
         self._leave_until: dict[Address, float] = {}
         self._closed = False
+        NAMES.begin((url.host, url.port))
 
     def known(self) -> list[Address]:
         """Servers that were connected to."""
@@ -62,8 +66,12 @@ class Wires:
                 if wire is not None:
                     self._put(address, wire)
                 continue
+            resolved = () if wire is not None else NAMES.of(address)
+            if resolved is None:
+                answered[address] = Answered([], "unresolved")
+                continue
             try:
-                wire = wire or Wire(self._url, address, deadline)
+                wire = wire or Wire(self._url, address, resolved, deadline)
                 wire.send(b"".join(commands[address]), deadline)
                 waiting.append((address, wire, idled is not None))
             except (OSError, ReplyError, ValueError) as error:
@@ -130,8 +138,12 @@ class Wires:
         late = isinstance(error, TimeoutError | BlockingIOError | ssl.SSLWantReadError)
         if idled and not late and isinstance(error, OSError):
             return Answered(replies, stale=True)
+        NAMES.doubt(address)
         with self._lock:
             self._leave_until[address] = time.monotonic() + self._retry_after_s
             while self._idle[address]:
                 self._idle[address].pop().close()
-        return Answered(replies, "timeout" if late else "connection" if isinstance(error, OSError) else "store")
+        reason: Reason = "connection" if isinstance(error, OSError) else "store"
+        if isinstance(error, socket.gaierror):
+            reason = "unresolved"
+        return Answered(replies, "timeout" if late else reason)

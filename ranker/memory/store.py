@@ -32,8 +32,9 @@ if TYPE_CHECKING:
     from ranker.memory.lease import Lease
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-Reason = Literal["", "timeout", "connection", "backing_off", "no_generation", "store", "closed"]
-"""why records could not be looked up; "store": it answered what no store should"""
+Reason = Literal["", "timeout", "connection", "unresolved", "backing_off", "no_generation", "store", "closed"]
+"""why records could not be looked up; "unresolved": the server's name has no address, or none yet; "store": it answered
+what no store should"""
 
 
 class StoreError(UserError):
