@@ -20,7 +20,7 @@ from torch import Tensor
 from features.errors import UserError
 from ranker.memory.reader import MemoryReader, Per
 from ranker.memory.versions import MemoryVersions
-from ranker.ops.probing import distinct_probes
+from ranker.ops.probing import distinct_probes, known_codes
 
 FILE = "candidate_ranker.pt"
 
@@ -56,7 +56,9 @@ class Scorer:
             warnings.filterwarnings("ignore", category=DeprecationWarning)  # torch.jit still is what C++ servers load
             self._model: torch.jit.ScriptModule = torch.jit.load(str(exported / file))
         blocks: dict[int, Per] = {block["number"]: block["per"] for block in memory["blocks"]}
-        self._probed = [number for number, per in blocks.items() if per == "probe"]
+        self._probed: dict[int, tuple[str, int]] = {
+            block["number"]: (block["probe"], block["probe_size"]) for block in memory["blocks"] if block["probe"]
+        }
         versions = MemoryVersions(*(int(memory["versions"][name], 16) for name in MemoryVersions._fields))
         self.outputs: list[str] = manifest["files"][file]["outputs"]
         self.reader = MemoryReader(store, blocks, versions, deadline_ms)
@@ -70,8 +72,10 @@ class Scorer:
             users: raw ids, `[R]`; of an unknown user nothing is found.
             inputs: the candidate ranker's, but for its memory, by the names in the manifest.
             codes: for each block with probes, by its number, the candidates' values of the probe's feature: `[N]`.
+                One that the codebook does not have is 0, none, as in the exported files.
 
         Raises:
+            UserError: `codes` lacks a block, or has too few or too many for one.
             RuntimeError: inputs that the model does not take. What the store does never raises.
         """
         with torch.inference_mode():
@@ -82,11 +86,19 @@ class Scorer:
 
         Args:
             offsets: `[R + 1]`, the candidates of each request; users, codes: as of :meth:`score`.
+
+        Raises:
+            UserError: as :meth:`score`.
         """
         probes: dict[str, Tensor] = {}
         records: dict[str, Tensor] = {}
-        for number in self._probed:
-            code, request, record, _ = distinct_probes(codes[number], offsets)
+        for number, (probe, size) in self._probed.items():
+            wanted = f"must be [{int(offsets[-1])}]: {probe} of each candidate"
+            if (given := codes.get(number)) is None:
+                raise UserError(f"codes: none for block {number}; {wanted}")
+            if list(given.shape) != [int(offsets[-1])]:
+                raise UserError(f"codes: those of block {number} are {list(given.shape)}; {wanted}")
+            code, request, record, _ = distinct_probes(known_codes(given[:, None], [size])[:, 0], offsets)
             probes |= {f"{number}.code": code, f"{number}.request": request}
             records[f"{number}.probe"] = record
         return self.reader.read(users, probes) | records

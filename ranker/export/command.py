@@ -63,7 +63,8 @@ def _export(run: Run, folder: Path, requests: int, compiling: Compiling) -> floa
     selection = selection_of(config, dataset, spec)
     with join_ranks("cpu", config.training.threads, config.loader.workers) as ranks, warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning)  # torch.jit still is what C++ servers load
-        trained = restore(run, ranks)
+        checkpoint = ranks.agree(run.best)  # once: further training may make another the best meanwhile
+        trained = restore(run, ranks, checkpoint)
         modules = modules_of(unsharded(trained, spec, run), spec, config)
         write_scripted(modules, folder)
         packages: list[Package] = []
@@ -85,7 +86,7 @@ def _export(run: Run, folder: Path, requests: int, compiling: Compiling) -> floa
         )
         refuse_differences(parity)
     files = [file for way in ways for file in way.files]
-    write_manifest(folder, run, selection, files, parity, packages)
+    write_manifest(folder, run, checkpoint, selection, files, parity, packages)
     return parity.ways["ranker"].greatest_difference
 
 

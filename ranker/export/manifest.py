@@ -47,9 +47,19 @@ RECORDS = {
 
 
 def write_manifest(
-    folder: Path, run: Run, selection: Selection, files: Sequence[File], parity: Parity, packages: Sequence[Package]
+    folder: Path,
+    run: Run,
+    checkpoint: Path,
+    selection: Selection,
+    files: Sequence[File],
+    parity: Parity,
+    packages: Sequence[Package],
 ) -> None:
-    """Describe the files of a folder, in the folder."""
+    """Describe the files of a folder, in the folder.
+
+    Args:
+        checkpoint: whose parameters the files have.
+    """
     dataset, config, spec = run.dataset(), run.config, selection.spec
     metrics = run.root / "metrics.json"
     write_json(
@@ -58,7 +68,7 @@ def write_manifest(
             "name": config.name,
             "files": {file.name: _described(file, selection, config) for file in files},
             "compiled": {package.name: package.as_json() for package in packages},
-            "memory": _memory(run, spec),
+            "memory": _memory(run, checkpoint, spec),
             "keys": {
                 "request": names(spec.request),
                 "candidate": names(spec.candidate),
@@ -76,7 +86,7 @@ def write_manifest(
             "dataset": {"name": dataset.manifest.name, "content_hash": dataset.manifest.content_hash},
             "codebooks": codebooks_of(config, dataset),
             "vocabulary_hash": dataset.vocabulary_hash(),
-            "checkpoint": run.best().name,
+            "checkpoint": checkpoint.name,
             "parity": parity.as_json(),
             "versions": versions(),
             "metrics": json.loads(metrics.read_text()) if metrics.is_file() else None,
@@ -84,16 +94,25 @@ def write_manifest(
     )
 
 
-def _memory(run: Run, spec: FeatureSpec) -> dict[str, object]:
-    """What a store keeps between user encoder and candidate ranker, or why there is no such pair."""
+def _memory(run: Run, checkpoint: Path, spec: FeatureSpec) -> dict[str, object]:
+    """What a store keeps between user encoder and candidate ranker, or why there is no such pair.
+
+    `probe_size` of a block is the size of its probe's table: a code outside it reads and asks for group 0.
+    """
     config = run.config
     if reason := no_pair_because(config):
         return {"blocks": [], "no_pair_because": reason}
     blocks = [
-        {"number": block.number, "type": block.type, "per": "probe" if block.probe else "request", "probe": block.probe}
+        {
+            "number": block.number,
+            "type": block.type,
+            "per": "probe" if block.probe else "request",
+            "probe": block.probe,
+            "probe_size": spec.codes[block.column].size if block.probe else None,
+        }
         for block in stored_blocks(config, spec)
     ]
-    versions = {name: f"{version:016x}" for name, version in versions_of(run)._asdict().items()}
+    versions = {name: f"{version:016x}" for name, version in versions_of(run, checkpoint)._asdict().items()}
     return {"blocks": blocks, "short_length": short_length_of(config), "versions": versions, "keys": RULE_OF_KEYS}
 
 

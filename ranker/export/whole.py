@@ -11,6 +11,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from features.batch import names, sequence_keys
 from features.selection import Feature, FeatureSpec
 from ranker.model import Plain, Ranker
+from ranker.ops.probing import known_codes
 from ranker.towers import esmm_probabilities
 
 
@@ -30,14 +31,6 @@ def known_ids(values: Tensor, lengths: Tensor, sizes: list[int]) -> Tensor:
     of_feature = lengths.view(len(sizes), lengths.numel() // len(sizes)).sum(1)  # also of no candidate
     size = torch.repeat_interleave(torch.tensor(sizes, device=values.device), of_feature)
     return torch.where((values >= 0) & (values < size), values, torch.zeros_like(values))
-
-
-def known_codes(codes: Tensor, sizes: list[int]) -> Tensor:
-    """Codes `[·, features]` that their codebook does not have are 0, none."""
-    if len(sizes) == 0:
-        return codes
-    size = torch.tensor(sizes, device=codes.device)
-    return torch.where((codes >= 0) & (codes < size), codes, torch.zeros_like(codes))
 
 
 class ServedRanker(nn.Module):

@@ -1,7 +1,7 @@
 """Addresses of servers by their names, resolved in the background: no request waits for a resolver.
 
-The system's ``getaddrinfo`` knows no deadline, and takes 5 s and more where a resolver does not answer. So one thread of
-the process calls it, for each name when it is first used, every `renew_every_s`, and soon after a connection failed;
+The system's ``getaddrinfo`` knows no deadline, and takes 5 s and more where a resolver does not answer. So one thread
+of the process calls it, for each name when it is first used, every `renew_every_s`, and soon after a connection failed;
 connections are made to what it found last. A name that resolves no longer keeps its addresses. A forked process has
 those of its parent, and a thread of its own as soon as it connects.
 """

@@ -1,8 +1,8 @@
 """Connections to the servers of a store, and which of them to leave alone for now.
 
 A server that does not answer in time, or not as it should, is left alone for `retry_after_s`; then one thread tries it
-while the others still pass it by. So an outage costs the requests that are in flight then their deadline, and those that
-follow nothing. Its connections are closed, and with them goes what it still may answer. Names are resolved by no request
+while the others still pass it by. So an outage costs the requests in flight their deadline, and those that follow
+nothing. Its connections are closed, and with them goes what it still may answer. No request resolves a name
 (:mod:`ranker.memory.names`).
 """
 

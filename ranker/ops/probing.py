@@ -30,3 +30,11 @@ def distinct_probes(code: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tens
     candidate = torch.arange(code.numel(), device=code.device)
     first = torch.full_like(pairs, code.numel()).scatter_reduce(0, probe, candidate, "amin")
     return code[first], request[first], probe, first
+
+
+def known_codes(codes: Tensor, sizes: list[int]) -> Tensor:
+    """Codes `[·, features]` that their codebook does not have are 0, none."""
+    if len(sizes) == 0:
+        return codes
+    size = torch.tensor(sizes, device=codes.device)
+    return torch.where((codes >= 0) & (codes < size), codes, torch.zeros_like(codes))

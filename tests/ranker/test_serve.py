@@ -39,6 +39,7 @@ from ranker.ranks import Ranks
 from ranker.run import Run
 from ranker.serve import Scorer
 from ranker.training.trainer import train
+from tests.ranker.export.test_odd_requests import with_candidates_code
 
 ConfigOf = Callable[..., TrainConfig]
 ALONE = Ranks(0, 1, 1, torch.device("cpu"))
@@ -138,12 +139,15 @@ def scorer_of(exported: Exported) -> Iterator[Callable[[str], Scorer]]:
         scorer.close()
 
 
-def score(scorer: Scorer, exported: Exported, batch: RequestBatch) -> Tensor:
+def inputs_without_memory(exported: Exported, batch: RequestBatch) -> dict[str, Tensor]:
     run = exported.run
     spec = resolve(run.config.features, run.dataset().manifest)
-    inputs = ranker_inputs_of(batch, spec, short_length_of(run.config))
+    return ranker_inputs_of(batch, spec, short_length_of(run.config))
+
+
+def score(scorer: Scorer, exported: Exported, batch: RequestBatch) -> Tensor:
     codes = {block.number: batch.candidate_codes[:, block.column] for block in exported.blocks if block.probe}
-    return scorer.score(users_of(batch), inputs, codes)
+    return scorer.score(users_of(batch), inputs_without_memory(exported, batch), codes)
 
 
 BOUND: dict[Dtype, float] = {"float32": 1e-6, "float16": 1e-3, "int8": 3e-2}
@@ -182,6 +186,36 @@ def test_users_without_memories_are_scored_as_users_without_a_history(
     torch.testing.assert_close(found[first:], nothing[first:], rtol=0, atol=1e-6)
     assert float((nothing - whole).abs().max()) > 1e-3
     assert scorer.reader.counters.records("missing") > 0
+
+
+def test_a_code_that_the_codebook_lacks_reads_the_group_of_none_as_in_the_whole_ranker(
+    exported: Exported, batch: RequestBatch, scorer_of: Callable[[str], Scorer], tmp_path: Path
+):
+    url = f"lmdb:{tmp_path / 'store'}"
+    fill(url, exported, with_candidates_code(batch, 0), "float32")
+    beyond = with_candidates_code(batch, 10**6)
+    scorer = scorer_of(url)
+    found = score(scorer, exported, beyond)
+    torch.testing.assert_close(found, exported.model("ranker.pt")(**inputs_of(beyond)), rtol=0, atol=1e-6)
+    assert scorer.reader.counters.records("missing") == 0
+
+
+@pytest.mark.parametrize(
+    ("codes", "told"),
+    [
+        (None, r"codes: none for block 0; must be \[\d+\]: item.sid_1 of each candidate"),
+        ({0: torch.zeros(2, dtype=torch.int64)}, r"codes: those of block 0 are \[2\]; must be "),
+    ],
+)
+def test_codes_that_are_not_the_candidates_are_named(
+    exported: Exported,
+    batch: RequestBatch,
+    scorer_of: Callable[[str], Scorer],
+    codes: dict[int, Tensor] | None,
+    told: str,
+):
+    with pytest.raises(UserError, match=told):
+        scorer_of("lmdb:nowhere").score(users_of(batch), inputs_without_memory(exported, batch), codes)
 
 
 def test_an_absent_store_is_counted_and_every_candidate_has_a_score(

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from torch import Tensor
 
 from features.dataset import Dataset
-from ranker.export import encoder_inputs_of, inputs_of, probes_of, ranker_inputs_of, short_length_of, stored_blocks
+from ranker.evaluate import restore
+from ranker.export import (
+    encoder_inputs_of,
+    export,
+    inputs_of,
+    probes_of,
+    ranker_inputs_of,
+    short_length_of,
+    stored_blocks,
+)
 from ranker.memory.versions import MemoryVersions, versions_of
-from ranker.run import versions
+from ranker.model import Ranker
+from ranker.ranks import Ranks
+from ranker.run import Run, versions
 from tests.ranker.export.conftest import PAIRS, Exported
 
 ExportedOf = Callable[[str], Exported]
@@ -54,14 +66,16 @@ def test_what_a_store_keeps(exported_of: ExportedOf):
     """By block, in the versions of which readers ask for it."""
     exported = exported_of("all")
     memory = manifest_of(exported)["memory"]
-    kept = [(block["number"], block["type"], block["per"], block["probe"]) for block in memory["blocks"]]
+    kept = [tuple(block[key] for key in ("number", "type", "per", "probe", "probe_size")) for block in memory["blocks"]]
+    sizes = [feature.size for feature in exported.spec.codes]
+    assert min(sizes) > 1
     assert kept == [
-        (0, "mean", "request", None),
-        (1, "uxsid", "probe", "item.sid_1"),
-        (2, "hisac", "request", None),
-        (3, "hytrec", "request", None),
-        (4, "uxsid", "probe", "item.sid_2"),
-        (5, "vql", "request", None),
+        (0, "mean", "request", None, None),
+        (1, "uxsid", "probe", "item.sid_1", sizes[0]),
+        (2, "hisac", "request", None, None),
+        (3, "hytrec", "request", None, None),
+        (4, "uxsid", "probe", "item.sid_2", sizes[1]),
+        (5, "vql", "request", None, None),
     ]
     assert memory["short_length"] is None
     versions_read = MemoryVersions(**{name: int(version, 16) for name, version in memory["versions"].items()})
@@ -105,3 +119,29 @@ def test_the_run_its_data_and_its_features(exported_of: ExportedOf):
     assert manifest["versions"] == versions()
     assert manifest["metrics"] == json.loads((run.root / "metrics.json").read_text())
     assert manifest["checkpoint"] == run.best().name
+
+
+def test_a_checkpoint_that_becomes_the_best_during_an_export_is_not_its(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The manifest names the one whose parameters the files have, whatever the run says of itself by then."""
+    first, later = Run(trained).checkpoints()[-2:]
+    restored: list[Path] = []
+
+    def best(run: Run) -> Path:
+        return first if not restored else later
+
+    def restore_(run: Run, ranks: Ranks, checkpoint: Path | None = None) -> Ranker:
+        model = restore(run, ranks, checkpoint)
+        restored.append(checkpoint or run.best())
+        return model
+
+    monkeypatch.setattr(Run, "best", best)
+    monkeypatch.setattr("ranker.export.command.restore", restore_)
+    export(trained, tmp_path / "export", requests=20)
+    assert restored == [first]
+    manifest = json.loads((tmp_path / "export" / "manifest.json").read_text())
+    assert manifest["checkpoint"] == first.name
+    versions = {name: f"{version:016x}" for name, version in versions_of(Run(trained), first)._asdict().items()}
+    assert manifest["memory"]["versions"] == versions
+    assert versions_of(Run(trained), first) != versions_of(Run(trained), later)

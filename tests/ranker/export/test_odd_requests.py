@@ -9,6 +9,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from features.batch import RequestBatch
 from features.dataset import Dataset
@@ -25,7 +26,7 @@ from ranker.export.inputs import (
     stored_blocks,
 )
 from ranker.export.pair import CandidateRanker, UserEncoder
-from ranker.export.whole import ServedRanker, known_codes
+from ranker.export.whole import ServedRanker
 from ranker.model import Ranker
 from ranker.ranks import Ranks
 from ranker.run import codewords_of
@@ -70,6 +71,14 @@ def served(config_of: ConfigOf, coded: Path) -> Served:
     return Served(config, spec, stored_blocks(config, spec), *scripted, batch)
 
 
+def with_candidates_code(batch: RequestBatch, code: int) -> RequestBatch:
+    """All candidates of one group."""
+    old = batch.sequence
+    sequence = KeyedJaggedTensor(old.keys(), old.values().clone(), lengths=old.lengths())
+    sequence["candidate:item.sid_1"].values().fill_(code)
+    return batch._replace(sequence=sequence, candidate_codes=torch.full_like(batch.candidate_codes, code))
+
+
 def without_candidates(inputs: dict[str, Tensor], keys: int) -> dict[str, Tensor]:
     """The last `keys` features of the sequence are candidates'."""
     empty = {name: x[:0] for name, x in inputs.items() if name.startswith("candidate_")}
@@ -98,7 +107,9 @@ def test_codes_beyond_the_codebook_are_none(served: Served):
         assert not torch.equal(score(batch), score(none))
 
 
-def test_known_codes_go_by_their_own_codebook():
-    codes = torch.tensor([[0, 4], [3, 2], [-1, 3]])
-    assert known_codes(codes, [4, 3]).tolist() == [[0, 0], [3, 2], [0, 0]]
-    assert known_codes(codes[:, :0], []).shape == (3, 0)
+def test_candidates_codes_beyond_the_codebook_are_none(served: Served):
+    """As ids of the sequence, which a probe's embedding is looked up by, and as codes."""
+    beyond, none = (with_candidates_code(served.batch, code) for code in (10**6, 0))
+    for score in (lambda b: served.whole(**inputs_of(b)), served.by_the_pair):
+        assert torch.equal(score(beyond), score(none))
+        assert not torch.equal(score(served.batch), score(none))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ranker.ops import probing
 from ranker.ops.jagged import offsets_of
-from ranker.ops.probing import distinct_probes
+from ranker.ops.probing import distinct_probes, known_codes
 
 codes = st.sampled_from([0, 1, 2, 3, 2**31 - 1, 2**31, 2**32 + 1, 2**63 - 1, -(2**63)])
 batches = st.lists(st.lists(codes, max_size=8), max_size=6)
@@ -69,3 +69,9 @@ def test_scripted_is_the_same_on_other_sizes():
 def test_the_example_holds():
     """As the docstring prints it."""
     assert doctest.testmod(probing).failed == 0
+
+
+def test_known_codes_go_by_their_own_codebook():
+    codes = torch.tensor([[0, 4], [3, 2], [-1, 3]])
+    assert known_codes(codes, [4, 3]).tolist() == [[0, 0], [3, 2], [0, 0]]
+    assert known_codes(codes[:, :0], []).shape == (3, 0)
