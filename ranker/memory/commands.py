@@ -78,7 +78,7 @@ def show_record(url: str, user: str, code: int, block: int, name: str | None) ->
     def line(text: str) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    stored, outcomes = decode([value], keys.fingerprint, generation.versions)
+    stored, outcomes, _ = decode([value], keys.fingerprint, generation.versions)
     verdict = next(what for what, count in zip(outcomes._fields, outcomes, strict=True) if count)
     line(f"generation {generation.name}, {what}: key {int(keys.key[0]):016x}, {len(value)} bytes, {verdict}")
     line(f"{header.versions}; {header.dtype}; as of {moment(header.as_of_ms)}; time {header.time} ms")

@@ -3,14 +3,35 @@
 from __future__ import annotations
 
 import threading
+import time
 from bisect import bisect_left
 from collections import Counter
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+import numpy as np
 
 from ranker.memory.decode import Outcomes
+from ranker.memory.keys import I64
 from ranker.memory.store import Reason
 
 SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
 """upper edges of the histogram of reads' times"""
+_HOUR, _DAY = 3_600, 86_400
+AGES = (_HOUR, 3 * _HOUR, 6 * _HOUR, 12 * _HOUR, _DAY, 2 * _DAY, 3 * _DAY, 7 * _DAY, 14 * _DAY, 30 * _DAY, 90 * _DAY)
+"""upper edges of the histogram of records' ages, in seconds"""
+_AGES_MS = 1_000 * np.array(AGES, np.int64)
+
+
+class Read(NamedTuple):
+    """What became of a read: outcomes by block, with how many records could not be looked up; why they could not; of
+    those found the times whose histories they hold, in milliseconds; the generation that was read."""
+
+    outcomes: dict[int, tuple[Outcomes, int]]
+    reason: Reason = ""
+    as_of: Sequence[I64] = ()
+    generation: str | None = None
 
 
 class MemoryCounters:
@@ -21,33 +42,40 @@ class MemoryCounters:
     ranker_memory_failures_total{reason="…"}             of them those that lost records because of the store
     ranker_memory_records_total{block="…",outcome="…"}   records; outcomes as of `Outcomes`, and `unavailable`
     ranker_memory_read_seconds_bucket{le="…"}, _sum, _count
+    ranker_memory_age_seconds_bucket{le="…"}, _sum, _count
+                                                         records found, by how long before the read the history that
+                                                         they hold was cut; 0 where that lies ahead
+    ranker_memory_generation_info{generation="…"}        1 for the generation that is read; none where there is none
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._reads = self._errors = 0
-        self._seconds = 0.0
+        self._seconds = self._age_seconds = 0.0
         self._records: Counter[tuple[int, str]] = Counter()
         self._failures: Counter[str] = Counter()
         self._histogram = [0] * (len(SECONDS) + 1)
+        self._ages = np.zeros(len(AGES) + 1, np.int64)
+        self._generation: str | None = None
 
-    def read(self, seconds: float, outcomes: dict[int, tuple[Outcomes, int]], reason: Reason = "") -> None:
-        """Count a read.
-
-        Args:
-            outcomes: by block, with how many records could not be looked up.
-            reason: why they could not.
-        """
+    def read(self, seconds: float, read: Read) -> None:
+        """Count a read that took so long."""
+        as_of = read.as_of[0] if len(read.as_of) == 1 else np.concatenate([np.zeros(0, np.int64), *read.as_of])
+        age_ms = np.maximum(time.time_ns() // 1_000_000 - as_of, 0)
+        ages = np.bincount(np.searchsorted(_AGES_MS, age_ms), minlength=len(AGES) + 1)
         with self._lock:
             self._timed(seconds)
-            for block, (of_block, unavailable) in outcomes.items():
+            for block, (of_block, unavailable) in read.outcomes.items():
                 for outcome, count in zip(Outcomes._fields, of_block, strict=True):
                     if count:
                         self._records[block, outcome] += count
                 if unavailable:
                     self._records[block, "unavailable"] += unavailable
-            if reason:
-                self._failures[reason] += 1
+            if read.reason:
+                self._failures[read.reason] += 1
+            self._ages += ages
+            self._age_seconds += float(age_ms.sum(dtype=np.float64)) / 1_000
+            self._generation = read.generation
 
     def error(self, seconds: float, unavailable: dict[int, int]) -> bool:
         """Count a read that ended in an exception; whether it is the first."""
@@ -71,8 +99,7 @@ class MemoryCounters:
     def snapshot(self) -> dict[str, float]:
         """All counters at one moment, by name."""
         with self._lock:
-            below = [sum(self._histogram[: i + 1]) for i in range(len(self._histogram))]
-            edges = (*map(str, SECONDS), "+Inf")
+            generation = [] if self._generation is None else [_label(self._generation)]
             return {
                 "ranker_memory_reads_total": self._reads,
                 "ranker_memory_errors_total": self._errors,
@@ -81,9 +108,19 @@ class MemoryCounters:
                     f'ranker_memory_records_total{{block="{block}",outcome="{outcome}"}}': n
                     for (block, outcome), n in sorted(self._records.items())
                 },
-                **{
-                    f'ranker_memory_read_seconds_bucket{{le="{edge}"}}': n for edge, n in zip(edges, below, strict=True)
-                },
-                "ranker_memory_read_seconds_sum": self._seconds,
-                "ranker_memory_read_seconds_count": self._reads,
+                **_histogram("ranker_memory_read_seconds", SECONDS, self._histogram, self._seconds),
+                **_histogram("ranker_memory_age_seconds", AGES, self._ages.tolist(), self._age_seconds),
+                **{f'ranker_memory_generation_info{{generation="{name}"}}': 1 for name in generation},
             }
+
+
+def _histogram(name: str, edges: Sequence[float], counts: Sequence[int], total: float) -> dict[str, float]:
+    """As Prometheus has it: each bucket with all below it."""
+    below = list(accumulate(counts))
+    buckets = {f'{name}_bucket{{le="{edge}"}}': n for edge, n in zip((*edges, "+Inf"), below, strict=True)}
+    return {**buckets, f"{name}_sum": total, f"{name}_count": below[-1]}
+
+
+def _label(value: str) -> str:
+    """A label's value: what a store says is its name may be anything."""
+    return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")

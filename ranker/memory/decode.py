@@ -33,19 +33,22 @@ class Outcomes(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """stored: all asked records in order, in float32, a lost one of lengths 0 and 0; outcomes: how many of which."""
+    """stored: all asked records in order, in float32, a lost one of lengths 0 and 0; outcomes: how many of which;
+    as_of: of those that were found, in no order, the time whose history each holds, in milliseconds."""
 
     stored: Stored
     outcomes: Outcomes
+    as_of: I64
 
 
 class _Part(NamedTuple):
-    """Records of one kind: their places among the asked `[n]`, values `[n, V]`, exact `[n, E]`, time `[n]`."""
+    """Records of one kind: places among the asked `[n]`, values `[n, V]`, exact `[n, E]`, time and as_of `[n]`."""
 
     rows: I64
     values: Floats
     exact: Floats
     time: I64
+    as_of: I64
 
 
 def decode(found: Sequence[bytes | None], fingerprints: U32, versions: MemoryVersions | None = None) -> Decoded:
@@ -72,9 +75,10 @@ def decode(found: Sequence[bytes | None], fingerprints: U32, versions: MemoryVer
             old, collision = old + sound - recent, collision + recent - mine
             rows, words = rows[own], words[own]
         parts += _by_kind(rows, words)
-    good = sum(len(part.rows) for part in parts)
-    corrupt = present - good - old - collision
-    return Decoded(_joined(parts, len(found)), Outcomes(good, len(found) - present, old, corrupt, collision))
+    as_of = parts[0].as_of if len(parts) == 1 else np.concatenate([np.zeros(0, np.int64), *(p.as_of for p in parts)])
+    corrupt = present - len(as_of) - old - collision
+    outcomes = Outcomes(len(as_of), len(found) - present, old, corrupt, collision)
+    return Decoded(_joined(parts, len(found)), outcomes, as_of)
 
 
 def _by_size(found: Sequence[bytes | None]) -> Generator[tuple[I64, int, bytearray]]:
@@ -116,14 +120,14 @@ def _part(rows: I64, words: U64, dtype: Dtype, values: int, exact: int) -> _Part
     data = words.view(np.uint8)
     start = HEADER_BYTES + 4 * exact
     kept = data[:, HEADER_BYTES:start].view("<f4").astype(np.float32)
-    time = words[:, 5].astype(np.int64)
+    as_of, time = words[:, 4].astype(np.int64), words[:, 5].astype(np.int64)
     if dtype != "int8":
         numbers = data[:, start : start + WIDTH[dtype] * values].view("<f4" if dtype == "float32" else "<f2")
-        return _Part(rows, widened(numbers), kept, time)
+        return _Part(rows, widened(numbers), kept, time, as_of)
     scales = scales_of(values)
     scale = data[:, start : start + 2 * scales].view("<f2")
     integers = data[:, start + 2 * scales : start + 2 * scales + values].view(np.int8).astype(np.float32)
-    return _Part(rows, integers * widened(scale).repeat(SCALED, 1)[:, :values], kept, time)
+    return _Part(rows, integers * widened(scale).repeat(SCALED, 1)[:, :values], kept, time, as_of)
 
 
 def widened(numbers: npt.NDArray[Any]) -> Floats:
@@ -134,7 +138,7 @@ def widened(numbers: npt.NDArray[Any]) -> Floats:
 
 def _joined(parts: list[_Part], count: int) -> Stored:
     if len(parts) == 1 and len(parts[0].rows) == count:
-        (_, values, exact, time), lengths = parts[0], np.empty([count, 2], np.int64)
+        (_, values, exact, time, _), lengths = parts[0], np.empty([count, 2], np.int64)
         lengths[:] = values.shape[1], exact.shape[1]
         return _stored(values.reshape(-1), exact.reshape(-1), lengths, time)
     lengths, time = np.zeros([count, 2], np.int64), np.zeros(count, np.int64)

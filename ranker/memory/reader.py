@@ -16,10 +16,10 @@ import numpy as np
 from torch import Tensor
 
 from ranker.longseq.stored import Stored
-from ranker.memory.counters import MemoryCounters
+from ranker.memory.counters import MemoryCounters, Read
 from ranker.memory.decode import Outcomes, decode
-from ranker.memory.keys import Keys, hashes_of, keys_of, user_keys
-from ranker.memory.store import Reason, open_store
+from ranker.memory.keys import I64, Keys, hashes_of, keys_of, user_keys
+from ranker.memory.store import open_store
 from ranker.memory.versions import MemoryVersions
 
 Per = Literal["request", "probe"]
@@ -79,13 +79,13 @@ class MemoryReader:
         """
         begin = time.perf_counter()
         try:
-            memory, outcomes, reason = self._read(users, probes or {})
+            memory, read = self._read(users, probes or {})
         except Exception:
             counts = {block: self._count(block, users, probes or {}) for block in self._blocks}
             if self.counters.error(time.perf_counter() - begin, counts):
                 _LOG.exception("memories are lost; further exceptions are counted, not logged")
             return {name: part for block, n in counts.items() for name, part in _named(block, decode_none(n)).items()}
-        self.counters.read(time.perf_counter() - begin, outcomes, reason)
+        self.counters.read(time.perf_counter() - begin, read)
         return memory
 
     def generation(self) -> str | None:
@@ -96,9 +96,7 @@ class MemoryReader:
         """Give back what the store holds; reads give lost records from here on."""
         self._reader.close()
 
-    def _read(
-        self, users: Sequence[int | str], probes: Mapping[str, Tensor]
-    ) -> tuple[dict[str, Tensor], dict[int, tuple[Outcomes, int]], Reason]:
+    def _read(self, users: Sequence[int | str], probes: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Read]:
         hashes = hashes_of(users)
         keys: list[Keys] = []
         for block, per in self._blocks.items():
@@ -111,6 +109,7 @@ class MemoryReader:
         found = self._reader.get_many(asked, self._deadline_ms)
         memory: dict[str, Tensor] = {}
         outcomes: dict[int, tuple[Outcomes, int]] = {}
+        as_of: list[I64] = []
         start = 0
         for block, of_block in zip(self._blocks, keys, strict=True):
             end = start + len(of_block.key)
@@ -118,9 +117,10 @@ class MemoryReader:
             decoded = decode(values, of_block.fingerprint, self._versions)
             lost = 0 if found.lost is None else int(np.count_nonzero(found.lost[start:end]))
             outcomes[block] = decoded.outcomes._replace(missing=decoded.outcomes.missing - lost), lost
+            as_of.append(decoded.as_of)
             memory |= _named(block, decoded.stored)
             start = end
-        return memory, outcomes, found.reason
+        return memory, Read(outcomes, found.reason, as_of, self._reader.generation())
 
     def _count(self, block: int, users: Sequence[int | str], probes: Mapping[str, Tensor]) -> int:
         """Records that a read asks for, whatever was wrong with its arguments."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from ranker.longseq.stored import Stored
+from ranker.memory.counters import MemoryCounters, Read
 from ranker.memory.encode import encode
 from ranker.memory.keys import hashes_of, user_keys
 from ranker.memory.reader import MemoryReader
@@ -65,6 +67,48 @@ def test_all_blocks_of_all_requests_are_one_answer(url: str):
     assert counted["ranker_memory_reads_total"] == counted["ranker_memory_read_seconds_count"] == 1
     assert counted['ranker_memory_read_seconds_bucket{le="+Inf"}'] == 1
     assert counted["ranker_memory_read_seconds_sum"] > 0
+    assert counted['ranker_memory_generation_info{generation="monday"}'] == 1
+
+
+def ages(counters: MemoryCounters) -> dict[str, float]:
+    """The histogram, by its edges, with sum and count."""
+    prefix = "ranker_memory_age_seconds_"
+    counted = {name.removeprefix(prefix): n for name, n in counters.snapshot().items() if name.startswith(prefix)}
+    return {name.removeprefix('bucket{le="').removesuffix('"}'): n for name, n in counted.items()}
+
+
+def test_found_records_are_counted_by_their_age(tmp_path: Path):
+    """Records of today, of 2 days ago and of a time to come in one generation, as refreshes leave them; a lost record
+    has no age."""
+    hour_ms = 3_600_000
+    now_ms = time.time_ns() // 1_000_000
+    store, generation = open_store(str(tmp_path)), generation_of(blocks={2: "request"})
+    writer = store.begin(generation)
+    for user, as_of in ((0, now_ms - hour_ms // 2), (1, now_ms - 47 * hour_ms), (2, now_ms + 9 * hour_ms)):
+        keys = user_keys(hashes_of([user]), 2)
+        writer.put_many(keys.key, encode(ragged(1), keys.fingerprint, VERSIONS, as_of, "float32").values)
+    writer.close()
+    store.finish(generation.model_copy(update={"finished_ms": 1}))
+    store.switch(generation.name)
+    reader = MemoryReader(str(tmp_path), {2: "request"}, VERSIONS)
+    reader.read([0, 1, 2, 3, 0])
+    counted = ages(reader.counters)
+    total = counted.pop("sum")
+    assert counted == {
+        **dict.fromkeys(["3600", "10800", "21600", "43200", "86400"], 3),
+        **dict.fromkeys(["172800", "259200", "604800", "1209600", "2592000", "7776000", "+Inf", "count"], 4),
+    }
+    assert total == pytest.approx(48 * 3_600, abs=60)  # and not less for the time to come
+
+
+def test_the_generation_that_is_read_is_named_whatever_its_name():
+    counters = MemoryCounters()
+    assert not any("generation" in name for name in counters.snapshot())
+    counters.read(0.001, Read({}, generation='a"b\\c\nd'))
+    (shown,) = [name for name in counters.snapshot() if "generation" in name]
+    assert shown == r'ranker_memory_generation_info{generation="a\"b\\c\nd"}'
+    counters.read(0.001, Read({}, "no_generation"))
+    assert not any("generation_info" in name for name in counters.snapshot())
 
 
 def test_two_requests_of_one_user_have_their_own_records(url: str):

@@ -73,6 +73,7 @@ def test_float32_comes_back_bit_for_bit(sizes: list[tuple[int, int]], data: st.D
     assert [len(one) for one in records] == [size_of("float32", *size) for size in sizes]
     found = decode(records, prints_of(len(sizes)), VERSIONS)
     assert found.outcomes == Outcomes(found=len(sizes))
+    assert found.as_of.tolist() == [11] * len(sizes)
     assert found.stored.values.view(torch.int32).tolist() == stored.values.float().view(torch.int32).tolist()
     for part in ("exact", "lengths", "time"):
         assert torch.equal(getattr(found.stored, part), getattr(stored, part))
