@@ -35,7 +35,7 @@ class Scorer:
         deadline_ms: of a read from Redis.
 
     Attributes:
-        reader: its `counters` tell what was found and what was lost.
+        reader: its `counters` tell what was found, how old it was, and what was lost.
         outputs: names of the scores' columns.
 
     Raises:

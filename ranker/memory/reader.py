@@ -30,7 +30,8 @@ class MemoryReader:
     """For many threads, and for processes forked after it was made.
 
     Args:
-        store_url: as :func:`ranker.memory.store.open_store` takes it; the store need not be there yet.
+        store_url: as :func:`ranker.memory.store.open_store` takes it; the store need not be there yet. Names are
+            resolved in the background (:mod:`ranker.memory.names`); the first time, here, for up to a second.
         blocks: number in ``model.long``, and what its records are of, as the export's manifest lists them.
         versions: of the model that is served: their current generation is read, and records of others are lost ones.
         deadline_ms: of a read from Redis.
