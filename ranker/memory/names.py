@@ -67,7 +67,7 @@ class Names:
             if address not in self._due:
                 self._due[address] = 0.0
                 self._changed.notify_all()
-            if self._thread is None:
+            if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(target=self._renew, name="memory-names", daemon=True)
                 self._thread.start()
             return self._found.get(address)
@@ -80,15 +80,27 @@ class Names:
                 self._due[address] = min(self._due[address], again)
                 self._changed.notify_all()
 
+    def forget(self) -> None:
+        """All names; the thread ends."""
+        with self._changed:
+            for known in (self._due, self._tried, self._found):
+                known.clear()
+            self._changed.notify_all()
+
     def _renew(self) -> None:
         while True:
             with self._changed:
+                if not self._due:
+                    self._thread = None
+                    return
                 address = min(self._due, key=lambda one: self._due[one])
                 if (left := self._due[address] - time.monotonic()) > 0:
                     self._changed.wait(left)
                     continue
             found = _resolved(address)
             with self._changed:
+                if address not in self._due:
+                    continue
                 now = self._tried[address] = time.monotonic()
                 self._due[address] = now + (self._renew_every_s if found else AGAIN_S)
                 self._found[address] = found or self._found.get(address, ())

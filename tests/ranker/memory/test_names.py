@@ -6,7 +6,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 import pytest
@@ -43,12 +43,30 @@ class Resolver:
 @pytest.fixture
 def resolver(monkeypatch: pytest.MonkeyPatch) -> Resolver:
     """This process's resolver from here on; in a test that makes it wait, threads of the process wait with it."""
-    monkeypatch.setattr(module, "NAMES", Names())  # not the names of other tests
-    monkeypatch.setattr("ranker.memory.redis_wires.NAMES", module.NAMES)
     monkeypatch.setattr(module, "AGAIN_S", 0.05)
     made = Resolver()
     monkeypatch.setattr(socket, "getaddrinfo", made)
     return made
+
+
+@pytest.fixture
+def names_of(resolver: Resolver) -> Generator[Callable[..., Names]]:
+    """Names of a test alone, which are forgotten at its end."""
+    made: list[Names] = []
+
+    def names_of(renew_every_s: float = 1_000) -> Names:
+        made.append(Names(renew_every_s))
+        return made[-1]
+
+    yield names_of
+    for names in made:
+        names.forget()
+
+
+@pytest.fixture
+def served(names_of: Callable[..., Names], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Readers of the test use such names."""
+    monkeypatch.setattr("ranker.memory.redis_wires.NAMES", names_of())
 
 
 def soon(holds: Callable[[], bool]) -> bool:
@@ -70,6 +88,7 @@ def moved(server: RedisServer) -> str:
     return f"redis://cache:{server.port}/0"
 
 
+@pytest.mark.usefixtures("served")
 def test_no_read_waits_for_a_resolver(resolver: Resolver, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "START_S", 0.05)
     resolver.answers.clear()
@@ -83,6 +102,7 @@ def test_no_read_waits_for_a_resolver(resolver: Resolver, monkeypatch: pytest.Mo
         resolver.answers.set()
 
 
+@pytest.mark.usefixtures("served")
 def test_a_name_that_is_told_late_is_found_then(resolver: Resolver, own_server: RedisServer):
     reader = reader_of(moved(own_server))
     assert lost(reader)
@@ -92,6 +112,7 @@ def test_a_name_that_is_told_late_is_found_then(resolver: Resolver, own_server: 
     until_found(reader)
 
 
+@pytest.mark.usefixtures("served")
 def test_connections_are_made_anew_while_the_resolver_does_not_answer(resolver: Resolver, own_server: RedisServer):
     resolver.known["cache"] = "127.0.0.1"
     build(open_store(own_server.url), generation_of(), range(3))
@@ -114,8 +135,8 @@ def test_connections_are_made_anew_while_the_resolver_does_not_answer(resolver: 
         resolver.answers.set()
 
 
-def test_a_name_that_moves_is_followed_and_one_that_is_gone_stays(resolver: Resolver):
-    names = Names(renew_every_s=0.02)
+def test_a_name_that_moves_is_followed_and_one_that_is_gone_stays(resolver: Resolver, names_of: Callable[..., Names]):
+    names = names_of(0.02)
     resolver.known["cache"] = "127.0.0.1"
     names.begin(("cache", PORT))
     assert where(names, "cache") == ["127.0.0.1"]
@@ -127,8 +148,8 @@ def test_a_name_that_moves_is_followed_and_one_that_is_gone_stays(resolver: Reso
     assert where(names, "cache") == ["127.0.0.2"]
 
 
-def test_a_failed_connection_has_its_name_resolved_anew(resolver: Resolver):
-    names = Names(renew_every_s=1_000)
+def test_a_failed_connection_has_its_name_resolved_anew(resolver: Resolver, names_of: Callable[..., Names]):
+    names = names_of()
     resolver.known["cache"] = "127.0.0.1"
     names.begin(("cache", PORT))
     resolver.known["cache"] = "127.0.0.2"
@@ -136,8 +157,8 @@ def test_a_failed_connection_has_its_name_resolved_anew(resolver: Resolver):
     assert soon(lambda: where(names, "cache") == ["127.0.0.2"])
 
 
-def test_a_forked_process_renews_its_names(resolver: Resolver):
-    names = Names(renew_every_s=0.02)
+def test_a_forked_process_renews_its_names(resolver: Resolver, names_of: Callable[..., Names]):
+    names = names_of(0.02)
     resolver.known["cache"] = "127.0.0.1"
     names.begin(("cache", PORT))
     child = os.fork()
@@ -161,3 +182,15 @@ def test_an_address_needs_no_resolver(resolver: Resolver, host: str, at: str):
 def test_no_name_is_no_server(resolver: Resolver):
     assert Names().of(("", 0)) == ()
     assert resolver.asked == 0
+
+
+def test_names_that_are_forgotten_are_asked_for_no_more(resolver: Resolver, names_of: Callable[..., Names]):
+    """Nor does the thread stay; one begins with the next name."""
+    names, before = names_of(0.02), threading.active_count()
+    resolver.known["cache"] = "127.0.0.1"
+    names.begin(("cache", PORT))
+    assert threading.active_count() == before + 1
+    names.forget()
+    assert soon(lambda: threading.active_count() == before)
+    names.begin(("cache", PORT))
+    assert where(names, "cache") == ["127.0.0.1"]
