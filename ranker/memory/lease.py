@@ -24,6 +24,14 @@ _held: set[tuple[int, str]] = set()
 _holding = threading.Lock()
 
 
+class LeaseHeldError(StoreError):
+    """Another has the lease; ends_in_s: when it ends at the latest, unless its holder lives and renews it."""
+
+    def __init__(self, told: str, ends_in_s: float = 0.0) -> None:
+        super().__init__(told)
+        self.ends_in_s = ends_in_s
+
+
 class Lease(Protocol):
     """What its holder has."""
 
@@ -61,14 +69,14 @@ def file_lease(folder: Path, remedy: str) -> Generator[FileLease]:
     """Hold the lease of the generation in `folder`, which is made where it is not there.
 
     Raises:
-        StoreError: another process, or another thread of this one, holds it.
+        LeaseHeldError: another process, or another thread of this one, holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / FILE
     key = (os.getpid(), str(folder.resolve()))
     with _holding:
         if key in _held:
-            raise StoreError(f"{folder}: this process writes it already; {remedy}")
+            raise LeaseHeldError(f"{folder}: this process writes it already; {remedy}")
         _held.add(key)
     try:
         # not inherited by programs that this one starts; a closed descriptor would take the lock with it
@@ -78,7 +86,7 @@ def file_lease(folder: Path, remedy: str) -> Generator[FileLease]:
                 fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):
                 who = os.pread(descriptor, 300, 0).decode(errors="replace").strip() or "another process"
-                raise StoreError(f"{folder}: is being written by {who}; {remedy}") from None
+                raise LeaseHeldError(f"{folder}: is being written by {who}; {remedy}") from None
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{holder()}\n".encode(), 0)
             lease = FileLease(descriptor, path)

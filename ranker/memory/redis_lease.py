@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from features.progress import log
-from ranker.memory.lease import holder
+from ranker.memory.lease import LeaseHeldError, holder
 from ranker.memory.store import StoreError
 
 _RENEW = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('PEXPIRE', KEYS[1], ARGV[2]) end return 0"
@@ -64,7 +64,8 @@ def redis_lease(connected: Connected, key: str, seconds: float, what: str, remed
     """Hold the lease `key` of `what`.
 
     Raises:
-        StoreError: another holds it, or the server does not answer.
+        LeaseHeldError: another holds it.
+        StoreError: the server does not answer.
     """
     value = f"{secrets.token_hex(16)} {holder()}"
     with connected() as client:
@@ -72,8 +73,8 @@ def redis_lease(connected: Connected, key: str, seconds: float, what: str, remed
         if not taken and (held := client.get(key)) != value.encode():  # else the first of two tries took it
             who = (held or b"").decode(errors="replace").partition(" ")[2] or "another process"
             left = max(client.pttl(key), 0) / 1000
-            raise StoreError(
-                f"{what}: is being written by {who}; {remedy}. A lease of one that is gone ends in {left:.0f} s"
+            raise LeaseHeldError(
+                f"{what}: is being written by {who}; {remedy}. A lease of one that is gone ends in {left:.0f} s", left
             )
     lease, stop = RedisLease(connected, key, value, seconds, what), threading.Event()
     thread = threading.Thread(target=lease.keep, args=(stop,), name="lease", daemon=True)

@@ -142,7 +142,7 @@ class MemoryStore(Protocol):
                 with the process.
 
         Raises:
-            StoreError: another holds it.
+            LeaseHeldError: another holds it.
         """
         ...
 
