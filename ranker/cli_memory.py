@@ -25,6 +25,7 @@ ConfigOption = Annotated[Path | None, typer.Option(help="YAML file; `ranker sche
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change one key: codes.most=50 (repeatable)")
 ]
+NewerDataset = Annotated[Path | None, typer.Option(help="a newer preparation; default: the run's own dataset")]
 
 
 @app.command()
@@ -35,6 +36,7 @@ def build(
     set_: Overrides = None,
     name: Annotated[str, typer.Option(help="of the generation; default: by what decides its records")] = "",
     no_switch: Annotated[bool, typer.Option("--no-switch", help="leave servers with the generation they have")] = False,
+    dataset: NewerDataset = None,
 ) -> None:
     """Make the memories of all users of a run's dataset; the same command goes on where it was cut off.
 
@@ -47,21 +49,28 @@ def build(
     from ranker.memory.build import build as run_build
     from ranker.memory.config import MemoryConfig
 
-    run_build(run, store, load_config(config, MemoryConfig, set_ or ()), name, not no_switch)
+    run_build(run, store, load_config(config, MemoryConfig, set_ or ()), name, not no_switch, dataset)
 
 
 @app.command()
 def refresh(
     run: RunPath,
     store: StoreOption,
-    dataset: Annotated[Path | None, typer.Option(help="a newer preparation; default: the run's own dataset")] = None,
+    dataset: NewerDataset = None,
     config: ConfigOption = None,
     set_: Overrides = None,
     drop_vanished: Annotated[
         bool, typer.Option("--drop-vanished", help="remove records of users whom the dataset no longer has")
     ] = False,
+    generation: Annotated[str | None, typer.Option(help="default: the current one of the run's model")] = None,
+    older_than: Annotated[
+        float | None, typer.Option(min=0, metavar="DAYS", help="make anew, too, what was made as of so long before")
+    ] = None,
 ) -> None:
-    """Make anew, in the current generation, the memories of users with new events, and of nobody else."""
+    """Make anew, in a generation, the memories of users with new events, and of nobody else.
+
+    Where item attributes or former events have changed, build anew: `ranker memory build RUN --dataset NEWER`.
+    """
     from ranker.doctor import ensure_versions
 
     ensure_versions()
@@ -69,7 +78,8 @@ def refresh(
     from ranker.memory.config import MemoryConfig
     from ranker.memory.refresh import refresh as run_refresh
 
-    run_refresh(run, store, dataset, load_config(config, MemoryConfig, set_ or ()), drop_vanished)
+    given = load_config(config, MemoryConfig, set_ or ())
+    run_refresh(run, store, dataset, given, drop_vanished, generation or "", older_than)
 
 
 @app.command()

@@ -8,6 +8,7 @@ import time
 from typing import NamedTuple
 
 from features.dataset import Dataset
+from features.instants import iso
 from features.progress import log
 from ranker.export.inputs import StoredBlock
 from ranker.memory.config import MemoryConfig
@@ -65,7 +66,7 @@ def take_up(store: MemoryStore, wanted: Generation) -> TakenUp:
         log(f"{store.url}: generation {other.name} was begun and not finished; it is of other records, and is left")
     for old in store.generations():
         if old.name == wanted.name:
-            refuse_other_records(old, wanted, store.url)
+            refuse_other_records(old, wanted, store)
             done = frozenset(store.done(old.name))
             state = "is finished" if old.finished_ms is not None else f"goes on: {len(done)} partitions are done"
             log(f"generation {old.name} {state}")
@@ -74,16 +75,41 @@ def take_up(store: MemoryStore, wanted: Generation) -> TakenUp:
     return TakenUp(wanted, frozenset())
 
 
-def refuse_other_records(old: Generation, wanted: Generation, url: str) -> None:
+def refuse_other_records(old: Generation, wanted: Generation, store: MemoryStore) -> None:
     """Raise StoreError where a generation of this name has, or is to have, other records."""
     was = {"model": f"{old.model:016x}", "codebook": f"{old.codebook:016x}"} | old.notes
     now = {"model": f"{wanted.model:016x}", "codebook": f"{wanted.codebook:016x}"} | wanted.notes
     for key in ("model", "codebook", "dataset", "config"):
         if was.get(key) != now[key]:
-            raise StoreError(
-                f"{url}: generation {old.name!r} has {key} {was.get(key)}, and this build {now[key]}; give it another "
-                f"--name, or drop that one (`ranker memory drop {url} {old.name}`)"
+            either = (
+                ""
+                if old.name == store.current(old.versions)
+                else f", or drop that one (`ranker memory drop {store.url} {old.name}`)"
             )
+            since = " (a refresh may have brought it there)" if key == "dataset" else ""
+            raise StoreError(
+                f"{store.url}: generation {old.name!r} has {key} {was.get(key)}{since}, and this build {now[key]}; "
+                f"give this build another --name{either}"
+            )
+
+
+def later_one_of(store: MemoryStore, wanted: Generation) -> Generation | None:
+    """The generation that readers of these versions read, where it is as of later than this one."""
+    current = store.current(wanted.versions)
+    for one in store.generations():
+        if one.name == current and one.as_of_ms > wanted.as_of_ms:
+            return one
+    return None
+
+
+def refuse_going_back(store: MemoryStore, wanted: Generation, dataset: Dataset) -> None:
+    """Raise StoreError where a switch to this generation would take events out of readers' memories."""
+    if (later := later_one_of(store, wanted)) is not None:
+        raise StoreError(
+            f"{dataset.root}: as of {iso(wanted.as_of_ms)}, and generation {later.name}, which readers of this model "
+            f"read, is as of {iso(later.as_of_ms)}: they would lose events; give --dataset a newer preparation, or "
+            f"build with --no-switch and another --name (and `ranker memory switch {store.url} NAME`, if that is meant)"
+        )
 
 
 def conclude(store: MemoryStore, generation: Generation, switch: bool, keep: int) -> None:

@@ -32,6 +32,7 @@ Records of one size are written and read together, without a Python loop over re
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal, NamedTuple, get_args
 
@@ -39,7 +40,7 @@ import numpy as np
 import numpy.typing as npt
 
 from features.errors import UserError
-from ranker.memory.keys import GAMMA, U64, mix
+from ranker.memory.keys import GAMMA, I64, U64, mix
 from ranker.memory.versions import MemoryVersions
 
 Dtype = Literal["float32", "float16", "int8"]
@@ -109,6 +110,12 @@ def kind_of(start: int, lengths: int) -> tuple[Dtype, int, int] | None:
     if start & 0xFFFFFF != START or number >= len(DTYPES):
         return None
     return DTYPES[number], lengths & 0xFFFFFFFF, lengths >> 32
+
+
+def as_of_of(records: Sequence[bytes | None]) -> I64:
+    """The time that each record states as that of its history `[U]`, unchecked; 0 where there is no record."""
+    parts = [b"" if record is None else record[32:40] for record in records]
+    return np.frombuffer(b"".join(part.ljust(8, b"\0") for part in parts), "<i8").astype(np.int64)
 
 
 def header_of(record: bytes) -> Header | None:

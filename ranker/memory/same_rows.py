@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from features.dataset import Dataset, read_arrow
 from features.errors import UserError
 from features.selection import Feature, FeatureSpec
 from features.table_rows import refuse_other_meaning, same_numbers
 from ranker.run import Run, codebooks_of
+
+
+def dataset_at(root: Path | None, run: Run, spec: FeatureSpec, own: Dataset) -> Dataset:
+    """The dataset whose users are meant: a newer preparation, or the run's own.
+
+    Raises:
+        UserError: its rows are others than the run's.
+    """
+    if root is None:
+        return own
+    dataset = Dataset(root)
+    refuse_other_rows(run, spec, own, dataset)
+    return dataset
 
 
 def refuse_other_rows(run: Run, spec: FeatureSpec, older: Dataset, newer: Dataset) -> None:

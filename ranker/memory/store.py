@@ -53,7 +53,7 @@ class Generation(BaseModel):
     blocks: dict[int, Literal["request", "probe"]]
     """numbers of the blocks in ``model.long``, with what a record is of"""
     as_of_ms: int
-    """the time whose histories the records hold"""
+    """no record knows of anything from this time on; one that a refresh left as it was is as of when it was made"""
     begun_ms: int
     finished_ms: int | None = None
     """None while it is being built: it cannot become a current one"""

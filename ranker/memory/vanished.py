@@ -7,12 +7,15 @@ be found again, and with the codes in the stamp the keys of all her records.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from features.dataset import Dataset
+from features.progress import Progress
 from features.views import Partition
 from ranker.export.inputs import StoredBlock
 from ranker.memory.decode import decode
@@ -20,7 +23,7 @@ from ranker.memory.keys import GAMMA, U64, keys_of, user_keys
 from ranker.memory.raw_users import RawUsers
 from ranker.memory.record import HEADER_BYTES
 from ranker.memory.stamps import BLOCK, Stamps, read_stamps
-from ranker.memory.store import Generation, GenerationWriter, MemoryStore
+from ranker.memory.store import Generation, MemoryStore
 
 BATCH = 4_096
 """users, or records of the store, at a time"""
@@ -52,33 +55,50 @@ def mark_of(counts: Counter[str]) -> dict[str, int]:
 def drop(
     store: MemoryStore,
     generation: Generation,
-    writer: GenerationWriter,
     dataset: Dataset,
     raw: RawUsers,
     blocks: list[StoredBlock],
-) -> Counter[str]:
-    """Remove all records of users whom the dataset does not have; what they count for, negative.
+    unit: str,
+    counted: Counter[str],
+    check: Callable[[], None],
+) -> None:
+    """Remove all records of users whom the dataset does not have. One process alone does so.
 
-    Holds a key of each of the dataset's users, 8 bytes.
+    The store is read to its end first, and changed only then: a long look at LMDB would keep the pages of what goes.
+    Holds a key of each of the dataset's users and of each who is gone, 8 bytes; marks `unit` as done with each batch.
+
+    Args:
+        counted: what the unit has counted so far.
+        check: called before anything is removed; raises where that is no longer allowed.
     """
+    gone = _stamps_beside(store, generation, _stamp_keys(dataset, raw))
+    counts, writer = counted.copy(), store.begin(generation)
+    with Progress("removed memories of who is gone", -(-gone.size // BATCH)) as progress:
+        for at in range(0, gone.size, BATCH):
+            keys = gone[at : at + BATCH]
+            records = store.get(generation.name, keys)
+            prints = np.array([int.from_bytes((record or b"")[12:16], "little") for record in records], np.uint32)
+            stamps = read_stamps(decode(records, prints, generation.versions).stored, _probes(blocks))
+            users = np.stack([hash_of_stamp(keys), np.zeros_like(keys)], 1)  # the other half makes fingerprints alone
+            older = _older(store, generation, users, stamps, blocks)
+            check()
+            for of_block in older.keys.values():
+                writer.remove_many(of_block)
+            counts.update(older.counts)
+            writer.done(unit, mark_of(counts))
+            progress.advance()
+    writer.close()
+
+
+def _stamp_keys(dataset: Dataset, raw: RawUsers) -> U64:
+    """Of all users of a dataset, ascending."""
     parts = [np.zeros(0, np.uint64)]
     for index in range(len(dataset.manifest.partitions)):
         user = Partition(dataset, index).histories.flat("user")
         parts += [user_keys(raw.hashes(user[at : at + BATCH]), BLOCK).key for at in range(0, user.size, BATCH)]
-    kept = np.sort(np.concatenate(parts))
-    gone = _stamps_beside(store, generation, kept)
-    counts: Counter[str] = Counter()
-    for at in range(0, len(gone), BATCH):
-        keys = np.array([key for key, _ in gone[at : at + BATCH]], np.uint64)
-        records = [record for _, record in gone[at : at + BATCH]]
-        prints = np.array([int.from_bytes(record[12:16], "little") for record in records], np.uint32)
-        stamps = read_stamps(decode(records, prints, generation.versions).stored, _probes(blocks))
-        users = np.stack([hash_of_stamp(keys), np.zeros_like(keys)], 1)  # the other half makes fingerprints alone
-        older = _older(store, generation, users, stamps, blocks)
-        for of_block in older.keys.values():
-            writer.remove_many(of_block)
-        counts.update(older.counts)
-    return counts
+    keys = np.concatenate(parts)
+    keys.sort()
+    return keys
 
 
 def hash_of_stamp(keys: U64) -> U64:
@@ -122,15 +142,22 @@ def _probes(blocks: list[StoredBlock]) -> int:
     return sum(block.probe is not None for block in blocks)
 
 
-def _stamps_beside(store: MemoryStore, generation: Generation, kept: U64) -> list[tuple[int, bytes]]:
-    """Keys and records of the stamps that are not among `kept`, ascending. A stamp has no values, and more than one
-    exact number, as no block's record has."""
-    found: list[tuple[int, bytes]] = []
+def _stamps_beside(store: MemoryStore, generation: Generation, kept: U64) -> U64:
+    """Keys of the stamps that are not among `kept`, which ascends. A stamp has no values, and more than one exact
+    number, as no block's record has."""
+    found = [np.zeros(0, np.uint64)]
     records = store.records(generation.name)
     while batch := list(islice(records, BATCH)):
         heads = b"".join(record[:HEADER_BYTES].ljust(HEADER_BYTES, b"\0") for _, record in batch)
         lengths = np.frombuffer(heads, "<u4").reshape(len(batch), -1)[:, 12:14]
-        keys = np.array([key for key, _ in batch], np.uint64)
-        stamp = (lengths[:, 0] == 0) & (lengths[:, 1] >= 2) & ~np.isin(keys, kept)
-        found += [batch[i] for i in np.flatnonzero(stamp).tolist()]
-    return found
+        keys = np.array([key for key, _ in batch], np.uint64)[(lengths[:, 0] == 0) & (lengths[:, 1] >= 2)]
+        found.append(keys[~_among(keys, kept)])
+    return np.unique(np.concatenate(found))  # a store may show a record twice
+
+
+def _among(keys: U64, ascending: U64) -> npt.NDArray[np.bool_]:
+    """Which of the keys are among those that ascend: in time of the keys, where np.isin sorts both."""
+    place = np.searchsorted(ascending, keys)
+    there = place < ascending.size
+    there[there] = ascending[place[there]] == keys[there]
+    return there

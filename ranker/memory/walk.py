@@ -20,6 +20,7 @@ from features.workers import built
 from ranker.longseq import Stored
 from ranker.memory.config import MemoryConfig
 from ranker.memory.encode import encode
+from ranker.memory.job_lease import JobLease
 from ranker.memory.keys import I64, U64, Keys, keys_of, user_keys
 from ranker.memory.making import BlockRecords, RecordMaker
 from ranker.memory.raw_users import RawUsers
@@ -44,9 +45,14 @@ class Walk:
     selection: Selection
     config: MemoryConfig
     ranks: Ranks
+    lease: JobLease
 
     def over(self, source: UserBatches, what: str, after: After, before: Before | None = None) -> int:
-        """Write the records of this rank's users, batch by batch; how many users. Every rank calls it."""
+        """Write the records of this rank's users, batch by batch; how many users. Every rank calls it.
+
+        Raises:
+            UserError: the job's lease was lost; nothing was written since.
+        """
         steps = max(self.ranks.gathered(len(source)))
         batches = self._batches(source)
         users = 0
@@ -56,6 +62,7 @@ class Walk:
                 batch = next(batches) if own else self._nobody()
                 with self.ranks.named(lambda step=step: f"batch {step} of users"):
                     made = self.maker.make(batch.to(self.ranks.device))
+                    self.lease.check()
                 if own:
                     hashes, counts = self.raw.hashes(batch.user.numpy()), Counter[str]()
                     if before is not None:

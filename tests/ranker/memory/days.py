@@ -87,11 +87,11 @@ threads: 1
     return Dataset(root)
 
 
-def trained(root: Path, dataset: Path) -> Path:
+def trained(root: Path, dataset: Path, *overrides: str) -> Path:
     """A run on the first day."""
     config = root.with_name(f"{root.name}.yaml")
     config.write_text(MODEL.format(dataset=dataset))
-    train(load_config(config, TrainConfig), root)
+    train(load_config(config, TrainConfig, overrides), root)
     return root
 
 

@@ -215,7 +215,7 @@ def test_a_new_generation_is_switched_to_and_older_ones_go(blocks_run: Path, tmp
 def test_a_generation_of_that_name_with_other_records_is_refused(blocks_run: Path, tmp_path: Path):
     url = str(tmp_path / "store")
     built(blocks_run, url, name="mine")
-    with pytest.raises(StoreError, match=r"generation 'mine' has config .*give it another --name, or drop that one"):
+    with pytest.raises(StoreError, match=r"generation 'mine' has config .*give this build another --name"):
         built(blocks_run, url, name="mine", codes={"policy": "frequent"})
 
 

@@ -139,7 +139,7 @@ def test_the_generation_says_what_it_holds_now(days: Path, store: str):
 
 
 def test_a_refresh_that_is_cut_off_is_gone_on_with(days: Path, store: str, monkeypatch: pytest.MonkeyPatch):
-    whole = refreshing._replaced
+    whole = refreshing.replaced
     batches = iter(range(2))
 
     def dying(*arguments: object):
@@ -148,7 +148,7 @@ def test_a_refresh_that_is_cut_off_is_gone_on_with(days: Path, store: str, monke
         return whole(*arguments)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(refreshing, "_replaced", dying)
+        patch.setattr(refreshing, "replaced", dying)
         with pytest.raises(KeyboardInterrupt):
             refreshed(days, store, users=1)
     report = refreshed(days, store)
