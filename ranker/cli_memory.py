@@ -64,7 +64,8 @@ def refresh(
     ] = False,
     generation: Annotated[str | None, typer.Option(help="default: the current one of the run's model")] = None,
     older_than: Annotated[
-        float | None, typer.Option(min=0, metavar="DAYS", help="make anew, too, what was made as of so long before")
+        float | None,
+        typer.Option(min=0, metavar="DAYS", help="make anew, too, records as of longer ago than that"),
     ] = None,
 ) -> None:
     """Make anew, in a generation, the memories of users with new events, and of nobody else.

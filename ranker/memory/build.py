@@ -139,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--refresh", action="store_true", help="make records of users with new events alone")
     parser.add_argument("--dataset", type=Path, help="a newer preparation; default: the run's own dataset")
     parser.add_argument("--generation", default="", help="with --refresh: which one; default: the current one")
-    parser.add_argument("--older-than", type=float, metavar="DAYS", help="with --refresh: records made so long before")
+    parser.add_argument("--older-than", type=float, metavar="DAYS", help="with --refresh: anew, too, what is older")
     parser.add_argument("--drop-vanished", action="store_true", help="with --refresh: of users it no longer has")
     given = parser.parse_args(arguments)
     of_one, of_other = (

@@ -68,8 +68,10 @@ def take_up(store: MemoryStore, wanted: Generation) -> TakenUp:
         if old.name == wanted.name:
             refuse_other_records(old, wanted, store)
             done = frozenset(store.done(old.name))
-            state = "is finished" if old.finished_ms is not None else f"goes on: {len(done)} partitions are done"
-            log(f"generation {old.name} {state}")
+            if old.finished_ms is None:
+                log(f"generation {old.name} goes on: {len(done)} partitions are done")
+            else:
+                log(f"generation {old.name} is finished; another --name makes its records anew")
             return TakenUp(old, done)
     log(f"generation {wanted.name} begins")
     return TakenUp(wanted, frozenset())

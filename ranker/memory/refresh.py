@@ -31,6 +31,7 @@ from features.progress import log
 from features.selection import resolve
 from features.users import AsOf, UserBatches
 from ranker.evaluate import restore
+from ranker.export.inputs import StoredBlock
 from ranker.memory.changed import changed, replaced
 from ranker.memory.config import MemoryConfig
 from ranker.memory.coverage import covered
@@ -114,22 +115,11 @@ def refresh(
             maker = RecordMaker(restore(run, ranks, checkpoint), spec, run.config, config.codes, own)
             writer = store.begin(generation)
             unit = f"refresh-{ranks.agree(time.time_ns)}-{ranks.rank:05d}"
-            since: Counter[str] = Counter()
-
-            def written(partition: int, last: bool, counts: Counter[str]) -> None:
-                since.update(counts)
-                writer.done(unit, mark_of(since))  # with each batch: what the batches so far have changed
-
-            def before_written(users: U64, made: list[BlockRecords]) -> Counter[str]:
-                counts, stale = replaced(store, generation, users, made, blocks)
-                writer.remove_many(stale)
-                return counts
-
             selection = selection_for(spec, run)
             source = UserBatches(dataset, selection, as_of, own_changed.rows, config.users, config.events)
             walk = Walk(maker, raw, writer, generation, selection, config, ranks, lease)
-            what = f"refreshed memories of {dataset.manifest.name}"
-            made = int(ranks.total(walk.over(source, what, written, before_written)))
+            own_made, since = _remade(walk, source, store, blocks, unit)
+            made = int(ranks.total(own_made))
             seconds = time.perf_counter() - began
             writer.close()
             ranks.barrier()
@@ -156,6 +146,24 @@ def refresh(
         f"longer in the dataset: {report.vanished:,}, whose records {'are removed' if drop_vanished else 'stay'}"
     )
     return report
+
+
+def _remade(
+    walk: Walk, source: UserBatches, store: MemoryStore, blocks: list[StoredBlock], unit: str
+) -> tuple[int, Counter[str]]:
+    """Replace the records of the source's users, and mark `unit` with each batch; how many users, and its counts."""
+    since: Counter[str] = Counter()
+
+    def written(partition: int, last: bool, counts: Counter[str]) -> None:
+        since.update(counts)
+        walk.writer.done(unit, mark_of(since))  # what the batches so far have changed
+
+    def before(users: U64, made: list[BlockRecords]) -> Counter[str]:
+        counts, stale = replaced(store, walk.generation, users, made, blocks)
+        walk.writer.remove_many(stale)
+        return counts
+
+    return walk.over(source, "refreshed memories", written, before), since
 
 
 def as_built(generation: Generation, given: MemoryConfig) -> MemoryConfig:

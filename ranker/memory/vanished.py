@@ -73,7 +73,7 @@ def drop(
     """
     gone = _stamps_beside(store, generation, _stamp_keys(dataset, raw))
     counts, writer = counted.copy(), store.begin(generation)
-    with Progress("removed memories of who is gone", -(-gone.size // BATCH)) as progress:
+    with Progress("removed, of who is gone", -(-gone.size // BATCH)) as progress:
         for at in range(0, gone.size, BATCH):
             keys = gone[at : at + BATCH]
             records = store.get(generation.name, keys)
@@ -147,11 +147,13 @@ def _stamps_beside(store: MemoryStore, generation: Generation, kept: U64) -> U64
     number, as no block's record has."""
     found = [np.zeros(0, np.uint64)]
     records = store.records(generation.name)
-    while batch := list(islice(records, BATCH)):
-        heads = b"".join(record[:HEADER_BYTES].ljust(HEADER_BYTES, b"\0") for _, record in batch)
-        lengths = np.frombuffer(heads, "<u4").reshape(len(batch), -1)[:, 12:14]
-        keys = np.array([key for key, _ in batch], np.uint64)[(lengths[:, 0] == 0) & (lengths[:, 1] >= 2)]
-        found.append(keys[~_among(keys, kept)])
+    with Progress("read, for who is gone", -(-generation.counts.get("records", 0) // BATCH)) as progress:
+        while batch := list(islice(records, BATCH)):
+            heads = b"".join(record[:HEADER_BYTES].ljust(HEADER_BYTES, b"\0") for _, record in batch)
+            lengths = np.frombuffer(heads, "<u4").reshape(len(batch), -1)[:, 12:14]
+            keys = np.array([key for key, _ in batch], np.uint64)[(lengths[:, 0] == 0) & (lengths[:, 1] >= 2)]
+            found.append(keys[~_among(keys, kept)])
+            progress.advance()
     return np.unique(np.concatenate(found))  # a store may show a record twice
 
 

@@ -59,7 +59,7 @@ def main() -> None:
     build(given.run, given.store, SMALL)
     if given.refresh:
         days = Path(given.refresh[0])
-        refresh(days / "run", given.refresh[1], days / "two", MemoryConfig(users=2))
+        refresh(days / "run", given.refresh[1], days / "two", MemoryConfig(users=2), drop_vanished=True)
         dist.barrier()
 
 
@@ -96,7 +96,7 @@ def test_two_ranks_report_what_one_does(stores: Path):
 def test_two_ranks_refresh_as_one(stores: Path, once: Callable[..., Path], tmp_path: Path):
     days = built_days(once)
     alone = str(shutil.copytree(days / "built", tmp_path / "store"))
-    report = refresh(days / "run", alone, days / "two", MemoryConfig(users=2))
+    report = refresh(days / "run", alone, days / "two", MemoryConfig(users=2), drop_vanished=True)
     same_numbers(everything_in(str(stores / "refreshed")), everything_in(alone))
     assert report is not None
     assert open_store(str(stores / "refreshed")).generations()[0].counts == report.built.counts

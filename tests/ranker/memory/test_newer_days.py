@@ -25,6 +25,7 @@ from ranker.memory.versions import versions_of
 from ranker.run import Run
 from tests.ranker.memory.built_memories import everything_in, same_numbers
 from tests.ranker.memory.days import ACTIVE, GONE, NEW, QUIET, SMALL, built_days, day, trained
+from tests.redis_servers import RedisServer
 
 DAY_MS = 86_400_000
 
@@ -189,6 +190,15 @@ def test_removals_are_kept_batch_by_batch_and_gone_on_with(
     refresh(days / "run", store, days / "two", drop_vanished=True)
     assert everything_in(store) == left
     assert open_store(store).generations()[0].counts == open_store(whole).generations()[0].counts
+
+
+def test_redis_is_refreshed_as_a_folder_is(days: Path, store: str, server: RedisServer):
+    url = f"{server.url}?namespace=days"
+    build(days / "run", url, SMALL)
+    reports = [refresh(days / "run", one, days / "two", drop_vanished=True) for one in (url, store)]
+    assert everything_in(url) == everything_in(store)
+    (redis, folder) = [report.built.counts for report in reports if report is not None]
+    assert redis == folder
 
 
 def test_options_of_a_build_and_of_a_refresh_are_told_apart(capsys: pytest.CaptureFixture[str]):
