@@ -33,6 +33,11 @@ def show_stats(url: str) -> None:
         Console().print(table)
     else:
         Console().print("no generation yet (`ranker memory build RUN --store …` makes one)")
+    there = {generation.name for generation in generations}
+    for versions, name in currents.items():
+        if name not in there:
+            line = f"servers of {versions} are to read {name}, which is gone or cannot be read; switch to another"
+            Console().print(line, highlight=False, markup=False, soft_wrap=True)
     store.close()
 
 

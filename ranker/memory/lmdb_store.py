@@ -6,6 +6,7 @@ Layout::
                              digits; replaced by renaming, and a file each, so that no switch undoes another model's
     generations/NAME/        an LMDB environment: database `records`, key (8 bytes, big-endian) → record;
                              database `about`: what is known of it, and a mark for each unit of work that is done
+    generations/NAME/lease   locked by the process that builds or refreshes it
 
 Several processes of one machine may write a generation, one commit at a time. The map grows as it fills; readers
 reserve address space for what it may become. One process opens an environment for writing or for reading, not for both.

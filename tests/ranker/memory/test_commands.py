@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -64,6 +65,13 @@ def test_stats_show_every_generation(memory: Command, url: str):
     assert cells["blocks"] == ["0, by probe"] * 2
     assert cells["as of"] == ["1970-01-01 00:00:01"] * 2
     assert (cells["users"], cells["run"]) == (["", "5"], ["", "runs/x"])
+
+
+def test_stats_tell_of_a_current_generation_that_is_not_there(memory: Command, url: str, tmp_path: Path):
+    shutil.rmtree(tmp_path / "generations" / "b")
+    code, said = memory("stats", url)
+    assert code == 0
+    assert "codebook 0000000000000011 are to read b, which is gone or cannot be read; switch to another" in said
 
 
 def test_an_empty_store_says_so(memory: Command, tmp_path: Path):
