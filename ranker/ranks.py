@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import pickle
-import sys
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -18,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from features.errors import UserError
+from ranker.freed_memory import keep_freed_memory
 
 T = TypeVar("T")
 
@@ -133,20 +132,6 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _keep_freed_memory() -> None:
-    """Let glibc hand freed memory out again instead of returning it to the system: a step's tensors are of the sizes of
-    the step before, and pages that come anew cost more than what is written to them. Not where the environment sets
-    malloc's own variables, and without effect under other allocators."""
-    if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        top_pad, trim_threshold, mmap_max = -2, -1, -4  # malloc.h
-        mallopt(mmap_max, 0)
-        mallopt(trim_threshold, -1)
-        mallopt(top_pad, 64 << 20)
-
-
 def _cuda_device(local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
         raise UserError("training.device: cuda, but torch sees no CUDA device (`ranker doctor`); set it to auto or cpu")
@@ -183,7 +168,7 @@ def join_ranks(
     if cuda:
         torch.cuda.set_device(where)
     else:
-        _keep_freed_memory()
+        keep_freed_memory()
     torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_world - workers))
     backend = "cuda:nccl,cpu:gloo" if cuda else "gloo"
     if "WORLD_SIZE" in os.environ:

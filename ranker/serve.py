@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from features.errors import UserError
+from ranker.freed_memory import keep_freed_memory
 from ranker.memory.reader import MemoryReader, Per
 from ranker.memory.versions import MemoryVersions
 from ranker.ops.probing import distinct_probes, known_codes
@@ -27,6 +28,9 @@ FILE = "candidate_ranker.pt"
 
 class Scorer:
     """The candidate ranker of an export in front of a memory store; for many threads.
+
+    From the first one on, the process keeps freed memory (:mod:`ranker.freed_memory`): page faults can double the time
+    of a request.
 
     Args:
         exported: folder made by `ranker export`.
@@ -50,6 +54,7 @@ class Scorer:
                 raise UserError(f"{exported}: was exported without a candidate ranker, as {reason}")
             have = ", ".join(manifest["files"])
             raise UserError(f"{exported}: no {file}; it has {have}")
+        keep_freed_memory()
         import fbgemm_gpu  # noqa: F401  # pyright: ignore[reportUnusedImport]  look-ups are its operators
 
         with warnings.catch_warnings():

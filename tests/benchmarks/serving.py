@@ -7,7 +7,7 @@ this machine; beside it the named alternatives, all on the same request: the his
 and candidate ranker, and both as one file, the whole ranker), and target attention over the whole history (the config
 given as --against). Models have fresh weights, which cost what trained ones do; requests are generated, and their
 candidates have --groups values of the feature that histories are probed with. Each store holds --users users' memories,
-and every round asks for another one's. The ways alternate; wall times, as a store's answer is waited for.
+and every round asks for another one's. All ways of all lengths alternate; wall times, as a store's answer is waited for.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from ranker.export.inputs import (
 )
 from ranker.export.pair import CandidateRanker, UserEncoder
 from ranker.export.whole import ServedRanker
+from ranker.freed_memory import keep_freed_memory
 from ranker.longseq.stored import Stored
 from ranker.memory.encode import encode
 from ranker.memory.keys import hashes_of, keys_of
@@ -55,6 +56,7 @@ from tests.benchmarks.machine import machine
 from tests.redis_servers import redis_server
 
 VERSIONS = MemoryVersions(1, 2)
+STORE = "store, LMDB"
 Way = Callable[[int], Tensor]
 
 
@@ -195,9 +197,9 @@ def on_the_fly(files: Files, batch: RequestBatch) -> Way:
     return lambda turn: ranker(**inputs, memory=encoded(files, batch) | records)
 
 
-def times_ms(ways: dict[str, Way], rounds: int) -> dict[str, list[float]]:
-    """Wall times of each way; two rounds warm up."""
-    taken: dict[str, list[float]] = {name: [] for name in ways}
+def times_ms(ways: dict[tuple[int, str], Way], rounds: int) -> dict[tuple[int, str], list[float]]:
+    """Wall times of each way by length and name; two rounds warm up."""
+    taken: dict[tuple[int, str], list[float]] = {name: [] for name in ways}
     with torch.inference_mode():
         for turn in range(rounds + 2):
             for name, way in ways.items():
@@ -208,7 +210,7 @@ def times_ms(ways: dict[str, Way], rounds: int) -> dict[str, list[float]]:
     return taken
 
 
-def measure(options: argparse.Namespace, length: int, redis: str, held: ExitStack) -> dict[str, list[float]]:
+def ways_at(options: argparse.Namespace, length: int, redis: str, held: ExitStack) -> dict[str, Way]:
     """All ways at one length, after a look whether they score alike."""
     dataset = Dataset(options.dataset)
     files, against = files_of(options.config, dataset, length), files_of(options.against, dataset, length)
@@ -219,7 +221,7 @@ def measure(options: argparse.Namespace, length: int, redis: str, held: ExitStac
     of_user = [fill(url, files, batch, users, options.dtype) for url in (lmdb, remote)]
     whole, target = inputs_of(batch), inputs_of(request_of(against.spec, *sizes))
     ways: dict[str, Way] = {
-        "store, LMDB": from_store(lmdb, files, batch, users, held),
+        STORE: from_store(lmdb, files, batch, users, held),
         "store, Redis": from_store(remote, files, batch, users, held),
         "encoded on the fly": on_the_fly(files, batch),
         "the whole ranker": lambda turn: files.whole(**whole),
@@ -228,13 +230,15 @@ def measure(options: argparse.Namespace, length: int, redis: str, held: ExitStac
     with torch.inference_mode():
         scores = {name: way(0) for name, way in ways.items() if name != "target attention"}
     off = max(float((x - scores["the whole ranker"]).abs().max()) for x in scores.values())
-    taken = times_ms(ways, options.rounds)
-    print(f"{length:,} events: {of_user[0]:,} bytes a user; scores at most {off:.1e} off the whole ranker's")
-    for name, of_way in taken.items():
-        p50, p99 = np.percentile(of_way, [50, 99])
-        over = statistics.median(b / a for a, b in zip(taken["store, LMDB"], of_way, strict=True))
-        print(f"  {name:<20} p50 {p50:7.2f} ms  p99 {p99:7.2f} ms  {over:6.2f} × the LMDB store's", flush=True)
-    return taken
+    print(
+        f"{length:,} events: {of_user[0]:,} bytes a user; scores at most {off:.1e} off the whole ranker's", flush=True
+    )
+    return ways
+
+
+def ratio(of_way: list[float], other: list[float]) -> float:
+    """The median over rounds."""
+    return statistics.median(a / b for a, b in zip(of_way, other, strict=True))
 
 
 def main() -> None:
@@ -252,19 +256,24 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=200)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    keep_freed_memory()  # as a server does
     print(f"machine   {machine('torch', 'fbgemm-gpu-cpu', 'lmdb', 'redis', threads=options.threads)}")
     print(
         f"sizes     {options.config.stem}: {options.candidates} candidates of {options.groups} groups, "
         f"{options.users} users in {options.dtype}, {options.rounds} rounds"
     )
-    medians: list[float] = []
-    with tempfile.TemporaryDirectory() as folder, redis_server(Path(folder)) as redis:
+    with tempfile.TemporaryDirectory() as folder, redis_server(Path(folder)) as redis, ExitStack() as held:
+        ways: dict[tuple[int, str], Way] = {}
         for length in options.lengths:
-            with ExitStack() as held:
-                taken = measure(options, length, redis.url, held)
-            medians.append(statistics.median(taken["store, LMDB"]))
-    flat = " ".join(f"{after / medians[0]:.3f}" for after in medians)
-    print(f"LMDB store's medians over that at {options.lengths[0]:,} events: {flat}")
+            ways |= {(length, name): way for name, way in ways_at(options, length, redis.url, held).items()}
+        taken = times_ms(ways, options.rounds)
+    for (length, name), of_way in taken.items():
+        p50, p99 = np.percentile(of_way, [50, 99])
+        over, line = ratio(of_way, taken[length, STORE]), ratio(of_way, taken[options.lengths[0], name])
+        print(
+            f"{length:>7,} events  {name:<20} p50 {p50:7.2f} ms  p99 {p99:7.2f} ms  {over:6.2f} × the LMDB store's  "
+            f"{line:6.3f} × its own at {options.lengths[0]:,}"
+        )
 
 
 if __name__ == "__main__":
