@@ -27,6 +27,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 from torch import Tensor
@@ -46,6 +47,7 @@ from ranker.evaluate import restore
 from ranker.export.inputs import StoredBlock
 from ranker.memory.config import CodesConfig, MemoryConfig
 from ranker.memory.generation import generation_of
+from ranker.memory.job_lease import leased
 from ranker.memory.making import RecordMaker
 from ranker.memory.policy import Codes
 from ranker.memory.raw_users import RawUsers
@@ -135,11 +137,14 @@ class Building:
         raw, versions, now = RawUsers(self.dataset), versions_of(self.run), self.as_of.now
         generation = generation_of("measured", "", self.dataset, config, versions, maker.blocks, now)
         writer, counts = store.begin(generation), Counter[str]()
-        walk = Walk(maker, raw, writer, generation, selection_for(self.spec, self.run), config, self.ranks)
-        source = self.source(config.users, config.events)
-        walk.over(source, "memories", lambda partition, last, more: counts.update(more))
-        writer.done("all")
-        writer.close()
+        selection = selection_for(self.spec, self.run)
+        with ExitStack() as held:
+            lease = leased(store, "measured", self.ranks, held)
+            walk = Walk(maker, raw, writer, generation, selection, config, self.ranks, lease)
+            source = self.source(config.users, config.events)
+            walk.over(source, "memories", lambda partition, last, more: counts.update(more))
+            writer.done("all")
+            writer.close()
         counts["disk_bytes"] = store.size("measured").bytes
         return counts
 

@@ -7,7 +7,7 @@ this machine; beside it the named alternatives, all on the same request: the his
 and candidate ranker, and both as one file, the whole ranker), and target attention over the whole history (the config
 given as --against). Models have fresh weights, which cost what trained ones do; requests are generated, and their
 candidates have --groups values of the feature that histories are probed with. Each store holds --users users' memories,
-and every round asks for another one's. All ways of all lengths alternate; wall times, as a store's answer is waited for.
+and every round asks for another one's. All ways of all lengths alternate; wall times, as stores are waited for.
 """
 
 from __future__ import annotations
