@@ -41,22 +41,6 @@ class Writes(NamedTuple):
     log_decay: Tensor | None
 
 
-class Pass(NamedTuple):
-    """A forward pass. o: `[T, h, dv]`; states: `[R, h, dk, dv]` the last ones, or `[P, h, dk, dv]` those at the stops.
-
-    For a backward pass, of every chunk: before: `[M · h, dk, dv]` the state that it begins with; transition: `[M · h,
-    dk, dk]`; reader: `[B, C, dk]`, block by block; and to_stop: `[P · h, dk, dk]` the transition from the state before
-    its chunk to each stop, in the order of :class:`~ranker.ops.delta_rule_stops.Stops`.
-    """
-
-    o: Tensor
-    states: Tensor
-    before: Tensor
-    transition: Tensor
-    reader: list[Tensor]
-    to_stop: Tensor
-
-
 def decays_of(log_decay: Tensor) -> Within:
     """Decays from the log decay of each token `[B, C]`."""
     running = log_decay.cumsum(1)
@@ -123,12 +107,6 @@ def chunked_delta_rule(
     stops: Stops | None = None
     if at is not None:
         stops = stops_of(at, chunks, block_size(chunk, writes.k.size(1)))
-    found = chunked_forward(writes, chunks, state, stops)
-    return found.o, found.states
-
-
-def chunked_forward(writes: Writes, chunks: Chunks, state: Tensor | None, stops: Stops | None) -> Pass:
-    """Outputs and states, and what a backward pass needs."""
     heads, dk, dv, size = writes.k.size(1), writes.k.size(2), writes.v.size(2), chunks.token.size(1)
     count, requests = chunks.token.size(0), chunks.order.numel()
     if state is None:
@@ -136,7 +114,7 @@ def chunked_forward(writes: Writes, chunks: Chunks, state: Tensor | None, stops:
     none = torch.zeros([0, dk, dk], dtype=state.dtype, device=state.device)
     if count == 0:
         v = writes.v
-        return Pass(v, state if stops is None else state[:0], v, v, [v], none)
+        return v, state if stops is None else state[:0]
     q, k, v = writes.q.flatten(0, 1), writes.k.flatten(0, 1), writes.v.flatten(0, 1)
     log_decay = writes.log_decay
     reader: list[Tensor] = []
@@ -182,7 +160,7 @@ def chunked_forward(writes: Writes, chunks: Chunks, state: Tensor | None, stops:
     else:
         begin = before.view(-1, heads, dk, dv).index_select(0, stops.chunk).flatten(0, 1)
         states = torch.baddbmm(torch.cat(at_stop), to_stops, begin).view(-1, heads, dk, dv)[stops.rank]
-    return Pass(o, states, before, transitions, reader, to_stops)
+    return o, states
 
 
 def _scan(transition: Tensor, addition: Tensor, state: Tensor, chunks: Chunks, heads: int) -> tuple[Tensor, Tensor]:
