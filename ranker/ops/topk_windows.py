@@ -13,6 +13,9 @@ find the same events alone and in a batch.
 Making keys and choosing among them costs ten times the products, so of a long chunk only groups of 16 neighbours are
 compared, by their greatest score, and then the events of the K best groups. That is exact: an event of the K best is in
 one of the K groups whose best event is best, since each of those holds an event that beats all of any group after them.
+
+Requests with nearly the same window share tiles (:mod:`ranker.ops.units`): a chunk's events are gathered once for all
+their candidates, each of which sees its own part.
 """
 
 import math
@@ -20,7 +23,9 @@ import math
 import torch
 from torch import Tensor
 
-from ranker.ops.query_tiles import in_tiles, of_tiles, out_of_tiles, tiles_of
+from ranker.ops.jagged import offsets_of, segments_of
+from ranker.ops.query_tiles import Tiles, in_tiles, of_tiles, out_of_tiles, tiles_of
+from ranker.ops.units import shared_windows
 
 
 def score_keys(score: Tensor, place: Tensor) -> Tensor:
@@ -79,10 +84,19 @@ def topk_windows(
         `[N, h, K]` int64, the best first; −1 where a window has fewer events.
     """
     q, k, heads, d = q.detach(), k.detach(), q.size(1), q.size(2)
-    tiles = tiles_of(q_offsets, elements=q.size(0))
-    length, order = torch.sort(of_tiles(end - start, tiles), descending=True, stable=True)
-    first = of_tiles(start, tiles)[order]
-    first_pair = of_tiles(torch.cumsum(end - start, 0) - (end - start), tiles)[order]
+    shared = shared_windows(q_offsets, start, end)
+    tiles = tiles_of(shared.q_offsets, elements=q.size(0))
+    length, order = torch.sort(of_tiles(shared.end - shared.start, tiles), descending=True, stable=True)
+    first = of_tiles(shared.start, tiles)[order]
+    # the window of each query of a tile, `[t, 1, w]` counted from the tile's, or `[t, 1, 1]` of all its queries
+    low, high = torch.zeros_like(length).view(-1, 1, 1), length.view(-1, 1, 1)
+    if shared.low.numel() > 0:
+        low, high = _in_tiles(shared.low, tiles)[order], _in_tiles(shared.high, tiles)[order]
+    first_pair = offsets_of(end - start)[:-1]  # [t, 1, w or 1], of the place 0 of a tile's window
+    if shared.low.numel() > 0:
+        first_pair = _in_tiles(first_pair.index_select(0, segments_of(q_offsets)) - shared.low, tiles)[order]
+    else:
+        first_pair = of_tiles(first_pair, tiles)[order].view(-1, 1, 1)
     q_tile = (in_tiles(q, tiles)[order] / math.sqrt(d)).permute(2, 0, 3, 1).contiguous()  # [h, t, d, w]
     width = q_tile.size(3)
     best = torch.full([heads, order.numel(), width, top], -(1 << 62), dtype=torch.int64, device=q.device)
@@ -96,23 +110,32 @@ def topk_windows(
         within = torch.minimum(place, left.unsqueeze(1) - 1) + done
         event = (first[:active].unsqueeze(1) + within).flatten()
         k_of = k.index_select(0, event).to(q.dtype).view(active, chunk, heads, d)
-        offset = torch.zeros([active, chunk, 1], dtype=q.dtype, device=q.device)
-        offset = offset.masked_fill((place >= left.unsqueeze(1)).unsqueeze(2), float("-inf"))
+        seen = (place + done).view(1, -1, 1)
+        hidden = (seen < low[:active]) | (seen >= high[:active])  # [active, chunk, w or 1]
+        offset = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device)
+        offset = offset.masked_fill_(hidden, float("-inf")).unsqueeze(3)
         if bias is not None:
-            pair = (first_pair[:active].unsqueeze(1) + within).flatten()
-            offset = offset + bias.detach().index_select(0, pair).view(active, chunk, heads)
-        offset = offset.expand(active, chunk, heads)
+            pair = (first_pair[:active] + within.unsqueeze(2)).masked_fill_(hidden, 0).flatten()
+            offset = offset + bias.detach().index_select(0, pair).view(active, chunk, hidden.size(2), heads)
+        offset = offset.expand(active, chunk, hidden.size(2), heads)
         for head in range(heads):
-            score = torch.bmm(k_of[:, :, head], q_tile[head, :active]).add_(offset[:, :, head : head + 1])
-            keys = torch.cat([best[head, :active], _candidates(score, top, done, group)], 2)
+            score = torch.bmm(k_of[:, :, head], q_tile[head, :active]).add_(offset[:, :, :, head])
+            keys = _candidates(score, top, done, group)
+            if done > 0 or keys.size(2) < top:
+                keys = torch.cat([best[head, :active], keys], 2)
             best[head, :active] = torch.topk(keys, top, 2)[0]
         done += chunk
         active = int((length > done).sum())
 
-    found = torch.arange(top, device=q.device) < length.view(-1, 1, 1)
+    found = torch.arange(top, device=q.device) < (high - low).transpose(1, 2)  # [t, w or 1, K]
     event = torch.where(found, (best & 0xFFFFFFFF) + first.view(-1, 1, 1), torch.full_like(best, -1))
     event = event.index_select(1, torch.argsort(order)).permute(1, 2, 0, 3)  # [t, w, h, K]
     return out_of_tiles(event.flatten(2), tiles).view(-1, heads, top)
+
+
+def _in_tiles(x: Tensor, tiles: Tiles) -> Tensor:
+    """What each query has `[N]`: `[t, 1, w]`."""
+    return in_tiles(x.view(-1, 1, 1), tiles).view(-1, 1, tiles.width)
 
 
 def _chunk(mean_left: int, queries: int, places: int) -> int:
