@@ -86,6 +86,7 @@ class Block(nn.Module):
 
     code_columns: list[int]
     predicts: Final[bool]  # final, so that TorchScript looks for `click_logits` only where they are
+    shortens: Final[bool]  # by `read_few`, where candidates are few; such blocks have no loss of their own
 
     def __init__(self, index: int, config: LongConfig, spec: FeatureSpec, dim: int, codewords: Codewords) -> None:
         super().__init__()
@@ -94,6 +95,7 @@ class Block(nn.Module):
         self.content_start, self.content_dim = 0, 0
         self.name, self.kind = f"model.long[{index}]", config.type
         self.predicts = isinstance(config, SimSoftConfig)
+        self.shortens = hasattr(MODULES.get(config.type), "read_few")
         if isinstance(config, UxSidConfig | SimHardConfig):
             self.probe_column, self.probe_start = _probe(f"{self.name}.probe", config.probe, spec, dim)
         if isinstance(config, SimHardConfig):
@@ -111,6 +113,10 @@ class Block(nn.Module):
     def forward(self, history: History, target: Target, candidate_codes: Tensor) -> BlockOutput:
         """What candidates read of their histories; arguments as of :meth:`inputs`."""
         history, probes, target = self.inputs(history, target, candidate_codes)
+        if self.shortens:  # noqa: SIM102  apart, so that TorchScript does not look for what other blocks have not
+            if not torch.jit.is_scripting() and self.training and self.block.few(history, target):  # type: ignore[operator]
+                out = self.block.read_few(history, target)  # type: ignore[operator]
+                return BlockOutput(out, torch.zeros([], device=out.device), out[:, :0])
         memory = self.block.encode(history, probes)  # type: ignore[operator]
         out = self.block.read(memory, target)  # type: ignore[operator]
         loss, click_logits = torch.zeros([], device=out.device), torch.zeros([out.size(0), 0], device=out.device)

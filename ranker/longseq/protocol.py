@@ -63,6 +63,9 @@ class LongSequence(Protocol):
 
     A block whose memory is not trained by what candidates read of it may predict clicks itself, in training, by
     ``click_logits(memory, target)``: `[N, k]` (:class:`ranker.longseq.search.sim_soft.SimSoft`).
+
+    A block without a loss of its own may offer ``read_few(history, target)``, which is `read` of `encode` by a way that
+    is shorter where ``few(history, target)``: training takes it (:class:`ranker.longseq.groups.sdim.SDIM`).
     """
 
     out_dim: int

@@ -8,6 +8,9 @@ buckets are the memory, and a candidate looks one up for each hash.
 The defaults, 16 hashes of 3 bits, are 48 planes three at a time, near the paper's setting; public implementations use 2
 hashes of 4 bits. Not in the paper: an event may weigh by its age in the sums. The hash takes no gradient, and is found
 once per distinct event.
+
+Where training has few candidates a request, less than half as many as buckets, the candidates' own buckets alone are
+summed: :mod:`ranker.ops.bucket_sums`.
 """
 
 from typing import NamedTuple
@@ -19,6 +22,7 @@ from torch.nn.functional import embedding_bag
 from ranker.longseq.groups.grouped import AgeWeight
 from ranker.longseq.protocol import History, Probes, Target, latest
 from ranker.longseq.stored import Stored, restore_rows, store_rows
+from ranker.ops.bucket_sums import bucket_sums
 from ranker.ops.groups import group_sums
 from ranker.ops.jagged import expand_windows, segments_of
 from ranker.ops.simhash import hash_buckets, random_planes
@@ -63,8 +67,7 @@ class SDIM(nn.Module):
         group = hash_buckets(history.x, self.planes).to(torch.int16).index_select(0, event)
         weight = self.age(history).exp()
         total = group_sums(history.x, group, weight, history.start, history.end, self.buckets).squeeze(3)
-        norm = (total.square().sum(3, keepdim=True) + 1e-12).sqrt()  # finite gradients where nothing is summed
-        return SDIMMemory(total / norm)
+        return SDIMMemory(_unit(total))
 
     def read(self, memory: SDIMMemory, target: Target) -> Tensor:
         """The mean of the candidate's buckets: `[N, d]`."""
@@ -92,3 +95,21 @@ class SDIM(nn.Module):
     def forward(self, history: History, probes: Probes, target: Target) -> Tensor:
         """`encode` and `read` in one: `[N, out_dim]`."""
         return self.read(self.encode(history, probes), target)
+
+    def few(self, history: History, target: Target) -> bool:
+        """Whether candidates ask for less than half as many buckets as there are."""
+        return 2 * target.x.size(0) < self.buckets * history.start.numel()
+
+    @torch.jit.unused
+    def read_few(self, history: History, target: Target) -> Tensor:
+        """`encode` and `read` in one, of the sums of the candidates' own buckets: `[N, out_dim]`."""
+        history = latest(history, self.length)
+        of_event, asked = hash_buckets(history.x, self.planes), hash_buckets(target.x, self.planes)
+        weight = self.age(history).exp().squeeze(1)
+        total = bucket_sums(history.x, of_event, weight, history.start, history.end, asked, target.offsets)
+        return _unit(total).mean(1)
+
+
+def _unit(total: Tensor) -> Tensor:
+    """Of length 1 along the last axis, with finite gradients where nothing was summed."""
+    return total / (total.square().sum(-1, keepdim=True) + 1e-12).sqrt()

@@ -40,12 +40,12 @@ def reference(block: SDIM, batch: Shape, history: History, target: Target) -> Te
 
 
 def check(batch: Shape, length: int, age_buckets: int) -> None:
-    """Outputs, and gradients in events, candidates and weights."""
+    """Outputs, and gradients in events, candidates and weights; by the buckets of all, and the candidates' own."""
     block = block_of(SDIM, length=length, age_buckets=age_buckets)
     history, target, inputs = differentiable(*inputs_of(batch, DIM))
-    found = block(history, NO_PROBES, target)
-    # the norm has 1e-12 added to its square, and a bucket's sum may be small
-    assert_same(found, reference(block, batch, history, target), [*inputs, *block.parameters()], 1e-6)
+    for found in (block(history, NO_PROBES, target), block.read_few(history, target)):
+        # the norm has 1e-12 added to its square, and a bucket's sum may be small
+        assert_same(found, reference(block, batch, history, target), [*inputs, *block.parameters()], 1e-6)
 
 
 @given(shapes(longest=12, most_candidates=2), caps, st.sampled_from([0, 8]))
@@ -59,6 +59,13 @@ def test_equals_the_loop(batch: Shape, length: int, age_buckets: int):
 def test_equals_the_loop_at_the_edges(name: str):
     """On the batches that break things."""
     check(EDGES[name], 60, 8)
+
+
+def test_few_candidates_are_fewer_than_half_the_buckets():
+    """What training goes by: a candidate or three a request, of eight buckets."""
+    block = block_of(SDIM, bits=3)
+    for candidates, few in ((1, True), (3, True), (4, False), (11, False)):
+        assert block.few(*inputs_of(shape([9], [(0, 0, 9)], [candidates]), DIM)) is few
 
 
 def test_the_buckets_length_is_one():
