@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ranker.longseq.heads import Heads
-from ranker.longseq.protocol import History, Probes, Target, latest
+from ranker.longseq.protocol import History, Probes, Target, covered, latest
 from ranker.ops.attention import window_attention
 from ranker.ops.jagged import expand_windows, log_bucket
+from ranker.ops.padded import exporting
 
 
 class AttentionMemory(NamedTuple):
@@ -45,8 +46,10 @@ class TargetAttention(nn.Module):
         self.age_bias = nn.Parameter(torch.zeros(age_buckets, heads)) if age_buckets > 0 else None
 
     def encode(self, history: History, probes: Probes) -> AttentionMemory:
-        """Project the events once per distinct history."""
+        """Project the events once per distinct history, and none that no window has."""
         history = latest(history, self.length)
+        if self.length > 0 and (torch.jit.is_scripting() or not exporting()):
+            history = covered(history)
         k, v = self.project.keys_values(history.x)
         bias = torch.zeros([0, self.heads], dtype=k.dtype, device=k.device)
         age_bias = self.age_bias
