@@ -97,8 +97,8 @@ def topk_windows(
         first_pair = _in_tiles(first_pair.index_select(0, segments_of(q_offsets)) - shared.low, tiles)[order]
     else:
         first_pair = of_tiles(first_pair, tiles)[order].view(-1, 1, 1)
-    q_tile = (in_tiles(q, tiles)[order] / math.sqrt(d)).permute(2, 0, 3, 1).contiguous()  # [h, t, d, w]
-    width = q_tile.size(3)
+    q_tile = (in_tiles(q, tiles)[order] / math.sqrt(d)).permute(2, 0, 1, 3).contiguous()  # [h, t, w, d]
+    width = q_tile.size(2)
     best = torch.full([heads, order.numel(), width, top], -(1 << 62), dtype=torch.int64, device=q.device)
 
     done = 0
@@ -119,8 +119,14 @@ def topk_windows(
             offset = offset + bias.detach().index_select(0, pair).view(active, chunk, hidden.size(2), heads)
         offset = offset.expand(active, chunk, hidden.size(2), heads)
         for head in range(heads):
-            score = torch.bmm(k_of[:, :, head], q_tile[head, :active]).add_(offset[:, :, :, head])
-            keys = _candidates(score, top, done, group)
+            asked, of_head, added = q_tile[head, :active], k_of[:, :, head], offset[:, :, :, head]
+            if chunk < 2 * group * top or chunk % group > 0:
+                # few queries as rows: as columns a product with them takes several times as long on a CPU
+                score = torch.bmm(asked, of_head.transpose(1, 2)).add_(added.transpose(1, 2))
+                keys = score_keys(score, place + done)
+            else:
+                score = torch.bmm(of_head, asked.transpose(1, 2)).add_(added)
+                keys = _of_best_groups(score, top, done, group)
             if done > 0 or keys.size(2) < top:
                 keys = torch.cat([best[head, :active], keys], 2)
             best[head, :active] = torch.topk(keys, top, 2)[0]
@@ -146,12 +152,10 @@ def _chunk(mean_left: int, queries: int, places: int) -> int:
     return chunk
 
 
-def _candidates(score: Tensor, top: int, done: int, group: int) -> Tensor:
-    """Keys of the places that can be among the `top` best of scores `[t, C, w]`: `[t, w, m]`."""
+def _of_best_groups(score: Tensor, top: int, done: int, group: int) -> Tensor:
+    """Keys of the places that can be among the `top` best of scores `[t, C, w]`: `[t, w, top · group]`."""
     tiles, chunk, width = score.size(0), score.size(1), score.size(2)
     place = torch.arange(chunk, device=score.device)
-    if chunk < 2 * group * top or chunk % group > 0:
-        return score_keys(score.transpose(1, 2).contiguous(), place + done)
     grouped = score.view(tiles, chunk // group, group, width)
     greatest = grouped.amax(2).transpose(1, 2).contiguous()  # [t, w, C / group]
     key = torch.topk(score_keys(greatest, place[: chunk // group]), top, 2, sorted=False)[0]
