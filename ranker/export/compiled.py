@@ -22,7 +22,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.fx.experimental._config as symbolic  # pyright: ignore[reportMissingTypeStubs]
@@ -38,6 +38,12 @@ from ranker.served_tables import with_served_tables
 
 Compiling = Literal["off", "try", "require"]
 Scoring = Callable[..., Tensor]
+
+INDUCTOR: dict[str, Any] = {"cpp.enable_loop_tail_vec": False}
+"""How Inductor compiles: the last steps of a loop, fewer than a vector has lanes, one by one. As a vector, in PyTorch
+2.13, a load that a mask guards (of a padded tensor, or of several put one after another) reads every lane that the mask
+allows, those behind the loop's end too: past the end of its tensor, or, where that is empty as the history of a user
+without events is, next to address 0."""
 
 
 SAME_OUTPUTS = """
@@ -93,7 +99,7 @@ def compiled(module: nn.Module, samples: Sequence[Inputs], file: Path, how: Comp
             with warnings.catch_warnings(), torch.no_grad(), oblivious:
                 warnings.simplefilter("ignore")
                 traced = exported(with_served_tables(module.eval(), in_bytes=False), samples)
-                aoti_compile_and_package(traced, package_path=str(file))
+                aoti_compile_and_package(traced, package_path=str(file), inductor_configs=INDUCTOR)
                 same_outputs(file, module, samples)
         except Exception as error:  # whatever the compiler stumbled over, TorchScript is there
             file.unlink(missing_ok=True)

@@ -71,20 +71,37 @@ def write_packages(
     """Compile what can be compiled, the candidate ranker first.
 
     Args:
-        batches: of several sizes, a request alone among them; the first one to trace with.
+        batches: as for :func:`samples_of`.
 
     Raises:
         ExportError: something cannot, and `how` is "require".
     """
-    tried = [*batches, *(without_history(batch, spec) for batch in batches[-1:])]
+    samples = samples_of(modules, batches, spec, config)
+    order: tuple[What, ...] = ("candidate_ranker", "user_encoder", "ranker")
+    return [compiled(modules[what], samples[what], folder / f"{what}.pt2", how) for what in order if what in modules]
+
+
+def samples_of(
+    modules: Modules, batches: Sequence[RequestBatch], spec: FeatureSpec, config: TrainConfig
+) -> dict[What, list[Inputs]]:
+    """What packages are traced with and tried on.
+
+    Args:
+        batches: of several sizes, a request alone among them; the first one to trace with. Beside them come the first
+            one with every other history emptied, and the last one with histories of one event and of none.
+    """
+    first, last = batches[0], batches[-1]
+    every_other = torch.where(torch.arange(first.requests) % 2 == 0, first.start, first.end)
+    latest = torch.maximum(last.start, last.end - 1)
+    odd = [first._replace(start=every_other), last._replace(start=latest), without_history(last, spec)]
+    tried = [*batches, *odd]
     samples: dict[What, list[Inputs]] = {"ranker": [{**inputs_of(batch)} for batch in tried]}
     if "candidate_ranker" in modules:
         pair = spec, stored_blocks(config, spec), short_length_of(config)
         samples["user_encoder"] = [encoder_inputs_of(batch, probes_of(batch, pair[1])[0]) for batch in tried]
         with torch.no_grad():
             samples["candidate_ranker"] = [_reader_inputs(modules["user_encoder"], batch, *pair) for batch in tried]
-    order: tuple[What, ...] = ("candidate_ranker", "user_encoder", "ranker")
-    return [compiled(modules[what], samples[what], folder / f"{what}.pt2", how) for what in order if what in modules]
+    return samples
 
 
 def ways_through(

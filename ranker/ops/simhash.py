@@ -28,6 +28,6 @@ def hash_buckets(x: Tensor, planes: Tensor) -> Tensor:
     tensor([[1],
             [3]])
     """
-    side = torch.einsum("nd,dhb->nhb", x.detach(), planes) > 0
+    side = torch.mm(x.detach(), planes.flatten(1)).unflatten(1, [planes.size(1), planes.size(2)]) > 0
     place = torch.exp2(torch.arange(planes.size(2), dtype=x.dtype, device=x.device))
     return (side.to(x.dtype) @ place).long()

@@ -181,8 +181,11 @@ class VQL(nn.Module):
 
     def nearest(self, k: Tensor) -> Tensor:
         """The nearest code `[T, heads]` of keys `[T, heads, d_head]`. No gradients."""
-        c = self.codebook.detach()
-        return (c.square().sum(2) - 2 * torch.einsum("thd,hmd->thm", k.detach(), c)).argmin(2)
+        k, c = k.detach(), self.codebook.detach()
+        alike: list[Tensor] = []  # head by head: of a batched product, compilers would ask whether T is 1
+        for head in range(self.heads):
+            alike.append(k[:, head] @ c[head].t())
+        return (c.square().sum(2) - 2 * torch.stack(alike, 1)).argmin(2)
 
     def _shares(self, last: Tensor, now: Tensor) -> Tensor:
         """f_r, times the kernels' shares in the mixture: `[R, heads, C]`."""
