@@ -39,11 +39,12 @@ from ranker.served_tables import with_served_tables
 Compiling = Literal["off", "try", "require"]
 Scoring = Callable[..., Tensor]
 
-INDUCTOR: dict[str, Any] = {"cpp.enable_loop_tail_vec": False}
-"""How Inductor compiles: the last steps of a loop, fewer than a vector has lanes, one by one. As a vector, in PyTorch
+INDUCTOR: dict[str, Any] = {"cpp.enable_loop_tail_vec": False, "cpp.threads": 1}
+"""How Inductor compiles. A loop's last steps, fewer than a vector has lanes, go one by one: as a vector, in PyTorch
 2.13, a load that a mask guards (of a padded tensor, or of several put one after another) reads every lane that the mask
 allows, those behind the loop's end too: past the end of its tensor, or, where that is empty as the history of a user
-without events is, next to address 0."""
+without events is, next to address 0. And loops have one thread, as suits a server; else they would have as many as this
+process has now."""
 
 
 SAME_OUTPUTS = """

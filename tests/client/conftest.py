@@ -17,8 +17,9 @@ from ranker.training.trainer import train
 from tests.client.building import OPERATORS, build, operator_options, why_not
 from tests.ranker.block_configs import ALL
 from tests.ranker.conftest import ConfigOf, Once, coded, config_file, config_of, dataset, once, trained
+from tests.ranker.export.conftest import with_packages
 
-__all__ = ["coded", "config_file", "config_of", "dataset", "once", "trained"]
+__all__ = ["coded", "config_file", "config_of", "dataset", "once", "trained", "with_packages"]
 
 Client = Callable[..., "subprocess.CompletedProcess[str]"]
 Change = Callable[[dict[str, Tensor]], object]

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <dlfcn.h>
-#include <torch/script.h>
 
 #include <filesystem>
 #include <map>
@@ -13,7 +12,10 @@
 
 #include "failure.h"
 #include "json.h"
+#include "network.h"
+#include "package.h"
 #include "requests.h"
+#include "scripted.h"
 
 // Bring FBGEMM's operators: a library registers them with libtorch as it loads. What it needs besides is found beside
 // it. RTLD_LOCAL, as Python loads it: its names are not for others.
@@ -44,19 +46,16 @@ inline std::string dtype_name(at::ScalarType type) {
 
 class Model {
  public:
-  // `name`: what the request file calls it.
-  Model(const std::string& path, std::string name) : path_(path), name_(std::move(name)), module_(loaded(path)) {
+  // `name`: what the request file calls it. A file whose name ends in .pt2 is a package, others are TorchScript.
+  Model(const std::string& path, std::string name) : path_(path), name_(std::move(name)) {
+    if (!std::filesystem::is_regular_file(path)) throw Failure(Exit::kFile, path + ": no such file");
     described_ = described(path);
-    const auto& schema = module_.get_method("forward").function().getSchema();
-    for (size_t i = 1; i < schema.arguments().size(); ++i) {  // 0 is the module
-      const auto& argument = schema.arguments()[i];
-      const bool dictionary = argument.type()->kind() == c10::TypeKind::DictType;
-      if (!dictionary && argument.type()->kind() != c10::TypeKind::TensorType) {
-        throw Failure(Exit::kModel, path + ": input " + argument.name() + " is a " + argument.type()->str() +
-                                        ": neither a tensor nor a dictionary of tensors");
-      }
-      arguments_.push_back({argument.name(), dictionary});
+    const bool package = path.ends_with(".pt2");
+    if (package && std::get_if<Json::Object>(&described_.value) == nullptr) {
+      throw Failure(Exit::kFile, path + ": no manifest.json beside it describes it: native code does not look at what "
+                                        "it is given, and must not be given what nobody has looked at");
     }
+    network_ = package ? packaged(path) : scripted(path);
   }
 
   const std::string& path() const { return path_; }
@@ -82,7 +81,7 @@ class Model {
     std::string wrong;
     const auto& [tensors, dictionaries] = given->second;
     std::set<std::string> read;
-    for (const auto& [name, dictionary] : arguments_) {
+    for (const auto& [name, dictionary] : network_.arguments) {
       read.insert(name);
       if (tensors.contains(name) && dictionary) {
         wrong += "\n  " + name + ": a tensor, and the model reads a dictionary of tensors";
@@ -105,8 +104,8 @@ class Model {
   // Runs on checked inputs. `added`: entries that a dictionary gets besides, by its name.
   at::IValue run(const Inputs& inputs, const std::map<std::string, Named>& added = {}) {
     std::vector<at::IValue> values;
-    values.reserve(arguments_.size());
-    for (const auto& [name, dictionary] : arguments_) {
+    values.reserve(network_.arguments.size());
+    for (const auto& [name, dictionary] : network_.arguments) {
       if (!dictionary) {
         values.emplace_back(inputs.tensors.at(name));
         continue;
@@ -119,35 +118,10 @@ class Model {
       }
       values.emplace_back(std::move(entries));
     }
-    return module_.forward(std::move(values));
+    return network_.forward(std::move(values));
   }
 
  private:
-  struct Argument {
-    std::string name;
-    bool dictionary;
-  };
-
-  static torch::jit::Module loaded(const std::string& path) {
-    if (!std::filesystem::is_regular_file(path)) throw Failure(Exit::kFile, path + ": no such file");
-    try {
-      torch::jit::Module module = torch::jit::load(path, c10::kCPU);
-      module.eval();
-      return module;
-    } catch (const std::exception& error) {
-      const std::string what = error.what();
-      for (const std::string mark : {"Unknown builtin op: ", "Unknown type name '__torch__.torch.classes."}) {
-        const size_t at = what.find(mark);
-        if (at == std::string::npos) continue;
-        const size_t begin = at + mark.size();
-        const std::string missing = what.substr(begin, what.find_first_of(".'\n", begin) - begin);
-        throw Failure(Exit::kModel, path + ": needs " + missing +
-                                        ", which no library has brought: give FBGEMM's by --fbgemm LIB");
-      }
-      throw Failure(Exit::kModel, path + ": does not load: " + what);
-    }
-  }
-
   static std::string missing(const std::string& name) { return "\n  " + name + ": missing"; }
   static std::string unknown(const std::string& name) { return "\n  " + name + ": the model has no such input"; }
 
@@ -179,7 +153,6 @@ class Model {
   }
 
   std::string path_, name_;
-  torch::jit::Module module_;
   Json described_;
-  std::vector<Argument> arguments_;
+  Network network_;
 };

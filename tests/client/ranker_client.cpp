@@ -3,6 +3,8 @@
 //   ranker_client MODEL.pt REQUESTS [options]                   the whole ranker
 //   ranker_client --pair ENCODER.pt RANKER.pt REQUESTS [options]  user_encoder, then candidate_ranker on its memory
 //
+// Each of these files may be a compiled package, *.pt2, instead.
+//
 //   --fbgemm LIB      a library with FBGEMM's operators (repeatable)
 //   --threads N       threads of an operator (default 1)
 //   --repeat N        score all requests N times more, and say on stderr how long one takes

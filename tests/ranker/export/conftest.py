@@ -92,3 +92,9 @@ def exported_of(
         return Exported(Run(trained if name == "mean" else folder / "run"), folder / "export")
 
     return exported_of
+
+
+@pytest.fixture(scope="session")
+def with_packages(once: Callable[..., Path], trained: Path) -> Path:
+    """The export of the run that other tests read too, with all its packages."""
+    return once("exported_with_packages", lambda out: export(trained, out, requests=200, compiling="require"))

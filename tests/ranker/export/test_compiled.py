@@ -29,9 +29,13 @@ from ranker.export import (
 from ranker.export.compiled import compiled, load, no_compiler, same_outputs
 from ranker.export.inputs import Inputs, without_history
 from ranker.export.ways import modules_of
+from ranker.longseq import History, HyTRec
+from ranker.longseq.groups import SDIM, VQL
 from ranker.ranks import join_ranks
 from tests.ranker.export.conftest import Exported
 from tests.ranker.export.server import answered_elsewhere
+from tests.ranker.histories import EDGES, NO_PROBES, Shape, randomise, shape
+from tests.ranker.histories import inputs_of as histories_of
 
 ExportedOf = Callable[[str], Exported]
 with_compiler = pytest.mark.skipif(no_compiler() is not None, reason=f"{no_compiler()}")
@@ -89,17 +93,15 @@ def test_a_candidate_ranker_of_every_kind_of_memory(exported_of: ExportedOf, tmp
 
 
 @with_compiler
-def test_all_files_are_compiled_compared_and_described(exported_of: ExportedOf, tmp_path: Path):
-    exported = exported_of("mean")
-    export(exported.run.root, tmp_path / "export", requests=200, compiling="require")
-    manifest = json.loads((tmp_path / "export" / "manifest.json").read_text())
+def test_all_files_are_compiled_compared_and_described(exported_of: ExportedOf, with_packages: Path, tmp_path: Path):
+    manifest = json.loads((with_packages / "manifest.json").read_text())
     packages = ["candidate_ranker.pt2", "user_encoder.pt2", "ranker.pt2"]
     assert list(manifest["compiled"]) == packages
     for name in packages:
-        assert (tmp_path / "export" / name).is_file()
+        assert (with_packages / name).is_file()
         assert manifest["files"][name] == manifest["files"][name.replace("pt2", "pt")]
         assert manifest["compiled"][name]["seconds"] > 0
-    inputs = inputs_of(exported.batch(2))
+    inputs = inputs_of(exported_of("mean").batch(2))
     assert manifest["compiled"]["ranker.pt2"]["order"] == list(inputs)
     ways = manifest["parity"]["ways"]
     assert ways["compiled ranker"]["files"] == ["ranker.pt2"]
@@ -107,7 +109,7 @@ def test_all_files_are_compiled_compared_and_described(exported_of: ExportedOf, 
     for name in ("compiled ranker", "compiled pair"):
         assert ways[name]["against"] == "trainer"
         assert ways[name]["greatest_difference"] <= ways[name]["allowed"] == 1e-5
-    answered_elsewhere(tmp_path / "requests.pt", (tmp_path / "export" / "ranker.pt2", inputs))
+    answered_elsewhere(tmp_path / "requests.pt", (with_packages / "ranker.pt2", inputs))
 
 
 @pytest.mark.usefixtures("without_compiler")
@@ -158,6 +160,58 @@ def test_what_cannot_be_traced_is_left_out(tmp_path: Path, module: nn.Module, wh
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ExportError, match=r"x.pt2 cannot be made: "):
         compiled(module, samples, tmp_path / "x.pt2", "require")
+
+
+class Later(nn.Module):
+    """Every number one place further on."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.pad(x, [1, 0])
+
+
+@with_compiler
+def test_nothing_is_read_behind_the_end_of_an_empty_tensor(tmp_path: Path):
+    """By a loop with fewer steps than a vector has lanes, of which the first alone may not be read."""
+    samples = [Inputs(x=torch.arange(1.0, 1.0 + n)) for n in (11, 16, 17, 1, 0)]
+    assert compiled(Later(), samples, tmp_path / "later.pt2", "require").reason is None
+
+
+class Records(nn.Module):
+    """What a store keeps of histories, by several blocks."""
+
+    def __init__(self, blocks: dict[str, nn.Module]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleDict(blocks)
+
+    def forward(self, x: Tensor, time: Tensor, start: Tensor, end: Tensor, now: Tensor) -> dict[str, Tensor]:
+        history = History(x, time, start, end, now, time.unsqueeze(1)[:, :0], x[:, :0])
+        found: dict[str, Tensor] = {}
+        for name, block in self.blocks.items():
+            stored = block.store(block.encode(history, NO_PROBES))  # type: ignore[operator]
+            found |= {f"{name}.{field}": x for field, x in stored._asdict().items()}
+        return found
+
+
+@with_compiler
+def test_blocks_that_compilers_ask_about_sizes(tmp_path: Path):
+    """HyTRec, VQL and SDIM in one package: on histories that are empty, of one event, overlapping, of many chunks."""
+    blocks: dict[str, nn.Module] = {
+        "hytrec": HyTRec(8, width=8, layers=2, ratio=1, short_length=5, window=16, decay="state"),
+        "vql": VQL(8, codes=4, head_dim=4),
+        "sdim": SDIM(8, hashes=4, bits=2),
+    }
+    module = Records({name: randomise(block).float().eval() for name, block in blocks.items()})
+
+    def inputs(batch: Shape) -> Inputs:
+        history, _ = histories_of(batch, 8)
+        return {"x": history.x.float(), **{name: getattr(history, name) for name in ("time", "start", "end", "now")}}
+
+    samples = [inputs(batch) for batch in EDGES.values() if batch.requests > 0]
+    file = tmp_path / "records.pt2"
+    assert compiled(module, samples, file, "require").reason is None
+    found = load(file)
+    for batch in (shape([3000], [(0, 0, 3000)], [1]), shape([33, 0, 1], [(2, 0, 1), (1, 0, 0), (0, 0, 33)], [1, 1, 1])):
+        torch.testing.assert_close(found(**inputs(batch)), module(**inputs(batch)), rtol=1e-4, atol=1e-5)
 
 
 class Doubled(nn.Module):
