@@ -6,7 +6,7 @@ import threading
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
 _HOUR, _DAY = 3_600, 86_400
 AGES = (_HOUR, 3 * _HOUR, 6 * _HOUR, 12 * _HOUR, _DAY, 2 * _DAY, 3 * _DAY, 7 * _DAY, 14 * _DAY, 30 * _DAY, 90 * _DAY)
 """upper edges of the histogram of records' ages, in seconds"""
-_AGES_MS = 1_000 * np.array(AGES, np.int64)
+_AGES_MS = [1_000 * edge for edge in AGES]
 
 
 class Read(NamedTuple):
@@ -55,14 +55,12 @@ class MemoryCounters:
         self._records: Counter[tuple[int, str]] = Counter()
         self._failures: Counter[str] = Counter()
         self._histogram = [0] * (len(SECONDS) + 1)
-        self._ages = np.zeros(len(AGES) + 1, np.int64)
+        self._ages = [0] * (len(AGES) + 1)
         self._generation: str | None = None
 
     def read(self, seconds: float, read: Read) -> None:
         """Count a read that took so long."""
-        as_of = read.as_of[0] if len(read.as_of) == 1 else np.concatenate([np.zeros(0, np.int64), *read.as_of])
-        age_ms = np.maximum(time.time_ns() // 1_000_000 - as_of, 0)
-        ages = np.bincount(np.searchsorted(_AGES_MS, age_ms), minlength=len(AGES) + 1)
+        now_ms = time.time_ns() // 1_000_000
         with self._lock:
             self._timed(seconds)
             for block, (of_block, unavailable) in read.outcomes.items():
@@ -73,8 +71,11 @@ class MemoryCounters:
                     self._records[block, "unavailable"] += unavailable
             if read.reason:
                 self._failures[read.reason] += 1
-            self._ages += ages
-            self._age_seconds += float(age_ms.sum(dtype=np.float64)) / 1_000
+            for times in read.as_of:
+                for as_of_ms, count in _counted(times):
+                    age_ms = max(now_ms - as_of_ms, 0)
+                    self._ages[bisect_left(_AGES_MS, age_ms)] += count
+                    self._age_seconds += count * age_ms / 1_000
             self._generation = read.generation
 
     def error(self, seconds: float, unavailable: dict[int, int]) -> bool:
@@ -109,9 +110,18 @@ class MemoryCounters:
                     for (block, outcome), n in sorted(self._records.items())
                 },
                 **_histogram("ranker_memory_read_seconds", SECONDS, self._histogram, self._seconds),
-                **_histogram("ranker_memory_age_seconds", AGES, self._ages.tolist(), self._age_seconds),
+                **_histogram("ranker_memory_age_seconds", AGES, self._ages, self._age_seconds),
                 **{f'ranker_memory_generation_info{{generation="{name}"}}': 1 for name in generation},
             }
+
+
+def _counted(times: I64) -> Iterable[tuple[int, int]]:
+    """The distinct ones, and how often each is there; most often there is but one."""
+    raw = times.tobytes()
+    if raw == raw[:8] * len(times):
+        return [(int(times[0]), len(times))] if len(times) else []
+    distinct, counts = np.unique(times, return_counts=True)
+    return zip(distinct.tolist(), counts.tolist(), strict=True)
 
 
 def _histogram(name: str, edges: Sequence[float], counts: Sequence[int], total: float) -> dict[str, float]:

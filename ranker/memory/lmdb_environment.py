@@ -9,12 +9,15 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypedDict, TypeVar
 
 import lmdb
+import numpy as np
+
+from ranker.memory.keys import U64
 
 T = TypeVar("T")
 ABOUT, RECORDS = b"about", b"records"
@@ -40,6 +43,11 @@ LOCKING: Locking = {"max_dbs": 2, "max_readers": 1024, "max_spare_txns": 0, "rea
 # No spare transactions: a forked child that frees those of its parent frees their slots in the lock table, too.
 
 
+def names_of(keys: U64) -> list[bytes]:
+    """Keys as LMDB has them: big-endian, so that they lie in numeric order."""
+    return np.ascontiguousarray(keys).astype(">u8").view("V8").tolist()
+
+
 class Environment:
     """An open environment with its databases; closed with its last user.
 
@@ -49,8 +57,9 @@ class Environment:
 
     def __init__(self, env: lmdb.Environment, create: bool) -> None:
         self.env = env
-        self._within = 0
-        self._ended = threading.Condition()
+        self._within = self._waiting = 0
+        self._lock = threading.Lock()
+        self._ended = threading.Condition(self._lock)
         self._unusable = ""
         self.records = self.fitting(lambda: env.open_db(RECORDS, create=create))
         self.about = self.fitting(lambda: env.open_db(ABOUT, create=create))
@@ -79,6 +88,24 @@ class Environment:
         finally:
             self._leave()
 
+    def get_many(self, names: Sequence[bytes]) -> list[bytes | None]:
+        """The records of these names, in a transaction of their own; without the generators of `transaction`, which
+        servers have no time for.
+
+        Raises:
+            lmdb.Error: they cannot be read.
+        """
+        while True:
+            self._enter()
+            try:
+                with self.env.begin(db=self.records) as txn, txn.cursor() as cursor:
+                    return list(map(cursor.get, names))
+            except lmdb.MapResizedError:
+                pass
+            finally:
+                self._leave()
+            self._resize(0)
+
     def fitting(self, work: Callable[[], T]) -> T:
         """Do it, and again in a map of another size where it does not fit; it must hold no transaction then."""
         while True:
@@ -90,20 +117,24 @@ class Environment:
                 self._resize(0)
 
     def _enter(self) -> None:
-        with self._ended:
+        with self._lock:
             if self._unusable:
                 raise lmdb.Error(self._unusable)
             self._within += 1
 
     def _leave(self) -> None:
-        with self._ended:
+        with self._lock:
             self._within -= 1
-            self._ended.notify_all()
+            if self._waiting:
+                self._ended.notify_all()
 
     def _resize(self, size: int) -> None:
         """Map the file anew, 0: as large as its last writer has, once every transaction of this process has ended."""
         with self._ended:
-            if not self._ended.wait_for(lambda: self._within == 0, RESIZE_WITHIN_S):
+            self._waiting += 1
+            ended = self._ended.wait_for(lambda: self._within == 0, RESIZE_WITHIN_S)
+            self._waiting -= 1
+            if not ended:
                 raise lmdb.Error(f"a transaction of this process did not end within {RESIZE_WITHIN_S:g} s")
             try:
                 self.env.set_mapsize(size)

@@ -10,13 +10,11 @@ import os
 import threading
 import time
 from pathlib import Path
-from typing import cast
 
 import lmdb
-import numpy as np
 
 from ranker.memory.keys import U64
-from ranker.memory.lmdb_environment import Environment, Place, opened_for_reading, place_of
+from ranker.memory.lmdb_environment import Environment, Place, names_of, opened_for_reading, place_of
 from ranker.memory.store import Lookup, Reason
 from ranker.memory.versions import MemoryVersions
 
@@ -37,27 +35,16 @@ class LmdbReader:
         self._look()
 
     def get_many(self, keys: U64, deadline_ms: float) -> Lookup:
-        """By one cursor; `deadline_ms` is not kept."""
+        """By one transaction; `deadline_ms` is not kept."""
         if time.monotonic() >= self._check_at or os.getpid() != self._process:
             self._look()
         if (opened := self._opened) is None:
             return Lookup.failed(len(keys), self._reason)
-        # in the order of the pages: a cursor that stays on one need not come down the tree again
-        order = np.argsort(keys)
-        names = keys[order].astype(">u8").view("V8").tolist()
         try:
-            with opened.transaction() as txn, txn.cursor(opened.records) as cursor:
-                found = cast("list[tuple[bytes, bytes]]", cursor.getmulti(names))
+            return Lookup(opened.get_many(names_of(keys)))
         except (lmdb.Error, OSError):
             self._opened, self._seen, self._reason = None, None, "store"
             return Lookup.failed(len(keys), "store")
-        if len(found) == len(names):
-            values: list[bytes | None] = [value for _, value in found]
-        else:
-            values = list(map(dict(found).get, names))
-        place = np.empty_like(order)
-        place[order] = np.arange(len(order))
-        return Lookup(list(map(values.__getitem__, place.tolist())))
 
     def generation(self) -> str | None:
         """The one that is read."""

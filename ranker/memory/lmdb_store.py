@@ -30,9 +30,9 @@ from features.progress import log
 from features.publish import sync_path
 from ranker.memory.keys import U64
 from ranker.memory.lease import Lease, file_lease
-from ranker.memory.lmdb_environment import DATA, Environment, opened_for_either
+from ranker.memory.lmdb_environment import DATA, Environment, names_of, opened_for_either
 from ranker.memory.lmdb_reader import CURRENT, LmdbReader
-from ranker.memory.lmdb_writer import DONE, GENERATION, LmdbWriter, names_of
+from ranker.memory.lmdb_writer import DONE, GENERATION, LmdbWriter
 from ranker.memory.store import (
     Generation,
     GenerationWriter,

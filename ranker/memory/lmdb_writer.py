@@ -10,10 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import lmdb
-import numpy as np
 
 from ranker.memory.keys import U64
-from ranker.memory.lmdb_environment import Environment, opened_for_writing
+from ranker.memory.lmdb_environment import Environment, names_of, opened_for_writing
 from ranker.memory.store import Generation, StoreError, refuse_other
 
 COMMIT_BYTES = 64 << 20
@@ -21,11 +20,6 @@ COMMIT_BYTES = 64 << 20
 REMOVAL_BYTES = 256
 """what one to be removed counts for in it: about what its key takes here"""
 GENERATION, DONE = b"generation", b"done/"
-
-
-def names_of(keys: U64) -> list[bytes]:
-    """Keys as LMDB has them: big-endian, so that they lie in numeric order."""
-    return np.ascontiguousarray(keys).astype(">u8").view("V8").tolist()
 
 
 class LmdbWriter:

@@ -18,12 +18,13 @@ from torch import Tensor
 from ranker.longseq.stored import Stored
 from ranker.memory.counters import MemoryCounters, Read
 from ranker.memory.decode import Outcomes, decode
-from ranker.memory.keys import I64, Keys, hashes_of, keys_of, user_keys
+from ranker.memory.keys import I64, U32, U64, hashes_of, keys_of, keys_of_one, user_keys
 from ranker.memory.store import open_store
 from ranker.memory.versions import MemoryVersions
 
 Per = Literal["request", "probe"]
 _LOG = logging.getLogger(__name__)
+_CODE_0, _NO_KEYS = np.zeros(1, np.int64), np.zeros(0, np.uint64)
 
 
 class MemoryReader:
@@ -64,6 +65,7 @@ class MemoryReader:
             if not value > 0:
                 raise ValueError(f"{name}: {value}; must be greater than 0")
         self._blocks, self._versions, self._deadline_ms = dict(sorted(blocks.items())), versions, deadline_ms
+        self._names = {block: tuple(f"{block}.{part}" for part in Stored._fields) for block in self._blocks}
         self._reader = open_store(store_url).reader(versions, check_every_s, retry_after_s)
         self.counters = counters or MemoryCounters()
 
@@ -85,7 +87,10 @@ class MemoryReader:
             counts = {block: self._count(block, users, probes or {}) for block in self._blocks}
             if self.counters.error(time.perf_counter() - begin, counts):
                 _LOG.exception("memories are lost; further exceptions are counted, not logged")
-            return {name: part for block, n in counts.items() for name, part in _named(block, decode_none(n)).items()}
+            memory: dict[str, Tensor] = {}
+            for block, names in self._names.items():
+                memory.update(zip(names, decode_none(counts[block]), strict=True))
+            return memory
         self.counters.read(time.perf_counter() - begin, read)
         return memory
 
@@ -98,28 +103,34 @@ class MemoryReader:
         self._reader.close()
 
     def _read(self, users: Sequence[int | str], probes: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Read]:
-        hashes = hashes_of(users)
-        keys: list[Keys] = []
+        hashes = None if len(users) == 1 else hashes_of(users)
+        asked: list[U64] = []
+        parts: list[tuple[int, U32, I64]] = []
         for block, per in self._blocks.items():
-            if per == "request":
-                keys.append(user_keys(hashes, block))
+            code = _CODE_0 if per == "request" else probes[f"{block}.code"].numpy()
+            if hashes is None:
+                key, fingerprint = keys_of_one(users[0], block, code)
+            elif per == "request":
+                key, fingerprint = user_keys(hashes, block)
             else:
-                request, code = (probes[f"{block}.{part}"].numpy() for part in ("request", "code"))
-                keys.append(keys_of(hashes, block, request, code))
-        asked = keys[0].key if len(keys) == 1 else np.concatenate([np.zeros(0, np.uint64), *(one.key for one in keys)])
-        found = self._reader.get_many(asked, self._deadline_ms)
+                key, fingerprint = keys_of(hashes, block, probes[f"{block}.request"].numpy(), code)
+            order = key.argsort()  # as LMDB's pages lie
+            asked.append(key[order])
+            parts.append((block, fingerprint, order))
+        one = len(asked) == 1
+        found = self._reader.get_many(asked[0] if one else np.concatenate([_NO_KEYS, *asked]), self._deadline_ms)
         memory: dict[str, Tensor] = {}
         outcomes: dict[int, tuple[Outcomes, int]] = {}
         as_of: list[I64] = []
         start = 0
-        for block, of_block in zip(self._blocks, keys, strict=True):
-            end = start + len(of_block.key)
-            values = found.values if len(keys) == 1 else found.values[start:end]
-            decoded = decode(values, of_block.fingerprint, self._versions)
+        for block, fingerprint, order in parts:
+            end = start + len(order)
+            values = found.values if one else found.values[start:end]
+            stored, of_records, times = decode(values, fingerprint, self._versions, order)
             lost = 0 if found.lost is None else int(np.count_nonzero(found.lost[start:end]))
-            outcomes[block] = decoded.outcomes._replace(missing=decoded.outcomes.missing - lost), lost
-            as_of.append(decoded.as_of)
-            memory |= _named(block, decoded.stored)
+            outcomes[block] = of_records._replace(missing=of_records.missing - lost) if lost else of_records, lost
+            as_of.append(times)
+            memory.update(zip(self._names[block], stored, strict=True))
             start = end
         return memory, Read(outcomes, found.reason, as_of, self._reader.generation())
 
@@ -134,7 +145,3 @@ class MemoryReader:
 def decode_none(count: int) -> Stored:
     """So many lost records."""
     return decode([None] * count, np.zeros(count, np.uint32)).stored
-
-
-def _named(block: int, stored: Stored) -> dict[str, Tensor]:
-    return {f"{block}.{part}": tensor for part, tensor in zip(Stored._fields, stored, strict=True)}

@@ -55,6 +55,7 @@ START = MAGIC | FORMAT << 16
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 _ALL = 2**64 - 1
+_HALF = np.uint64(32)
 
 
 class RecordError(UserError):
@@ -90,17 +91,18 @@ def size_of(dtype: Dtype, values: int, exact: int = 0) -> int:
 
 @lru_cache(maxsize=256)
 def _factors(words: int) -> U64:
-    """K_1 … K_{W-1} after a 0."""
+    """W · γ, then K_1 … K_{W-1}."""
     factors = mix(np.arange(words, dtype=np.uint64) * np.uint64(GAMMA)) | np.uint64(1)
-    factors[0] = 0
+    factors[0] = words * GAMMA & _ALL
     return factors
 
 
 def checksums(words: U64) -> U64:
     """Of records of W words each, `[U, W]`: `[U]`. The first word counts for nothing."""
-    mixed = words >> np.uint64(32)
+    mixed = words >> _HALF
     mixed ^= words
-    return mixed @ _factors(words.shape[1]) + np.uint64(words.shape[1] * GAMMA & _ALL)
+    mixed[:, 0] = 1
+    return mixed @ _factors(words.shape[1])
 
 
 def kind_of(start: int, lengths: int) -> tuple[Dtype, int, int] | None:

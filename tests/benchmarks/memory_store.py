@@ -6,7 +6,8 @@ UxSID's records, two rows of 32 numbers each, of `users` users with `codes` code
 of one user, drawn anew each time: :class:`ranker.memory.reader.MemoryReader` from raw user id and codes to checked
 float32 tensors. The named alternatives get their keys ready made and give bytes:
 
-- LMDB: one read transaction, one cursor, ``cursor.getmulti``; keys in the order of the codes;
+- LMDB: one read transaction, one cursor, ``cursor.getmulti``, or one transaction, ``Transaction.get`` of one key after
+  another; keys in the order of the codes;
 - Redis: redis-py's ``MGET``, and its pipeline of ``GET``, from a redis-server on the loopback, started and ended here.
 
 The ways alternate, each with a user of its own. share: the alternative's median time over the reader's, which is the
@@ -96,12 +97,12 @@ def keys_for(user: int, probes: Probes) -> np.ndarray[tuple[int], np.dtype[np.ui
 
 
 @contextmanager
-def raw_lmdb(folder: Path) -> Iterator[Way]:
+def raw_lmdb(folder: Path) -> Iterator[dict[str, Way]]:
     """By LMDB's own interface, with its own settings."""
     env = lmdb.open(str(folder), readonly=True, max_dbs=2, readahead=False, map_size=1 << 40)
     records = env.open_db(b"records", create=False)
 
-    def way(user: int, probes: Probes) -> float:
+    def getmulti(user: int, probes: Probes) -> float:
         names = keys_for(user, probes).astype(">u8").view("V8").tolist()
         begin = time.perf_counter()
         with env.begin(db=records) as txn, txn.cursor() as cursor:
@@ -111,7 +112,17 @@ def raw_lmdb(folder: Path) -> Iterator[Way]:
             raise RuntimeError(f"{len(names) - len(found)} of {len(names)} records are missing")
         return took
 
-    yield way
+    def get(user: int, probes: Probes) -> float:
+        names = keys_for(user, probes).astype(">u8").view("V8").tolist()
+        begin = time.perf_counter()
+        with env.begin(db=records) as txn:
+            found = [txn.get(name) for name in names]
+        took = time.perf_counter() - begin
+        if None in found:
+            raise RuntimeError(f"{found.count(None)} of {len(names)} records are missing")
+        return took
+
+    yield {"getmulti": getmulti, "get": get}
     env.close()
 
 
@@ -174,7 +185,7 @@ def run_lmdb(root: Path, users: int, codes: int, counts: list[int], repeats: int
         reader = MemoryReader(f"lmdb:{folder}", {0: "probe"}, VERSIONS)
         with raw_lmdb(copied) as raw:
             for records in counts:
-                times = alternate({"getmulti": raw, "read": reading(reader)}, users, codes, records, repeats)
+                times = alternate(raw | {"read": reading(reader)}, users, codes, records, repeats)
                 report("lmdb", dtype, records, times)
         reader.close()
 

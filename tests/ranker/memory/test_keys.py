@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ranker.memory import keys as module
-from ranker.memory.keys import Keys, collisions_of, hashes_of, keys_of, user_keys
+from ranker.memory.keys import Keys, collisions_of, hashes_of, keys_of, keys_of_one, user_keys
 
 M = 2**64 - 1
 GAMMA = 0x9E3779B97F4A7C15
@@ -57,6 +57,18 @@ def test_a_record_a_user_is_that_of_code_0(users: list[int | str], block: int):
     alone, coded = user_keys(hashes, block), keys_of(hashes, block, np.arange(count), np.zeros(count, np.int64))
     assert alone.key.tolist() == coded.key.tolist()
     assert alone.fingerprint.tolist() == coded.fingerprint.tolist()
+
+
+@given(
+    user=st.one_of(st.booleans(), st.integers(), st.text(max_size=5)),
+    block=st.integers(0, 40),
+    codes=st.lists(st.one_of(st.integers(0, 300), st.integers(0, 2**63 - 1)), max_size=6),
+)
+def test_keys_of_one_user_are_those_of_many(user: int | str, block: int, codes: list[int]):
+    code = np.array(codes, np.int64)
+    alone, wanted = keys_of_one(user, block, code), keys_of(hashes_of([user]), block, np.zeros_like(code), code)
+    assert alone.key.tolist() == wanted.key.tolist()
+    assert alone.fingerprint.tolist() == wanted.fingerprint.tolist()
 
 
 def test_an_integer_and_its_text_are_one_id():

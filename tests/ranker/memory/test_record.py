@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ranker.longseq.stored import Stored
+from ranker.memory import decode as decoding
 from ranker.memory import record as module
-from ranker.memory.decode import Outcomes, decode
+from ranker.memory.decode import Decoded, Outcomes, decode
 from ranker.memory.encode import encode
 from ranker.memory.keys import U32
 from ranker.memory.record import DTYPES, HEADER_BYTES, Dtype, RecordError, header_of, size_of
@@ -126,12 +128,11 @@ def test_a_number_that_is_none_is_refused(bad: float):
 @given(dtype=st.sampled_from(DTYPES), at=st.integers(0, 10_000), flip=st.integers(1, 255))
 def test_a_changed_byte_is_recognised(dtype: Dtype, at: int, flip: int):
     records = encode(stored_of([(40, 2)] * 3), prints_of(3), VERSIONS, 11, dtype).values
-    changed = bytearray(records[1])
-    changed[at % len(changed)] ^= flip
-    found = decode([records[0], bytes(changed), records[2]], prints_of(3), VERSIONS)
+    worse = changed(records[1], at, flip)
+    found = decode([records[0], worse, records[2]], prints_of(3), VERSIONS)
     assert found.outcomes == Outcomes(found=2, corrupt=1)
     assert found.stored.lengths.tolist() == [[40, 2], [0, 0], [40, 2]]
-    assert header_of(bytes(changed)) is None
+    assert header_of(worse) is None
 
 
 @given(dtype=st.sampled_from(DTYPES), sizes=SIZES.filter(bool), data=st.data())
@@ -155,6 +156,74 @@ def test_cut_swapped_and_random_bytes_are_recognised(dtype: Dtype, sizes: list[t
     assert found.stored.lengths[which].tolist() == [0, 0]
     others = [i for i in range(count) if i != which]
     assert torch.equal(found.stored.lengths[others], torch.tensor(sizes).view(-1, 2)[others])
+
+
+HARMS: dict[str, Callable[[bytes, int], bytes | None]] = {
+    "missing": lambda record, at: None,
+    "empty": lambda record, at: b"",
+    "cut": lambda record, at: record[:-8],
+    "longer": lambda record, at: record + bytes(8),
+    "changed": lambda record, at: changed(record, at, 1 + at % 255),
+}
+
+
+@st.composite
+def reads(draw: st.DrawFn, harm: str) -> tuple[list[bytes | None], U32]:
+    """What a read may find: records of one kind or of several, some, none or all of which suffered a harm."""
+    sizes, dtypes = draw(SIZES.filter(bool)), draw(st.lists(st.sampled_from(DTYPES), min_size=1, max_size=2))
+    if draw(st.booleans()):
+        sizes, dtypes = sizes[:1] * draw(st.integers(1, 6)), dtypes[:1]
+    stored, prints, count = stored_of(sizes), prints_of(len(sizes)), len(sizes)
+    records = [encode(stored, prints, VERSIONS, 11, dtype).values for dtype in dtypes]
+    suffering = draw(st.one_of(st.just([True] * count), st.lists(st.booleans(), min_size=count, max_size=count)))
+    others = prints + np.uint32(harm == "another's")
+    versions = MemoryVersions(5, 3) if harm == "older" else VERSIONS
+    worse = [encode(stored, others, versions, 12, dtype).values for dtype in dtypes]
+    found: list[bytes | None] = [
+        (worse if suffers else records)[i % len(dtypes)][i] for i, suffers in enumerate(suffering)
+    ]
+    if harm in HARMS:
+        at = draw(st.integers(0, 10_000))
+        found = [HARMS[harm](value, at) if suffers else value for value, suffers in zip(found, suffering, strict=True)]
+    return found, prints
+
+
+def changed(record: bytes, at: int, flip: int) -> bytes:
+    """One of its bytes is another."""
+    at %= len(record)
+    return record[:at] + bytes([record[at] ^ flip]) + record[at + 1 :]
+
+
+def same(one: Decoded, other: Decoded) -> bool:
+    """All tensors, outcomes, and the times in any order."""
+    alike = all(torch.equal(a, b) for a, b in zip(one.stored, other.stored, strict=True))
+    return alike and one.outcomes == other.outcomes and sorted(one.as_of.tolist()) == sorted(other.as_of.tolist())
+
+
+@pytest.mark.parametrize("harm", ["none", "older", "another's", *HARMS])
+@given(data=st.data(), versions=st.sampled_from([VERSIONS, None]))
+def test_records_judged_together_are_as_those_judged_one_by_one(
+    harm: str, versions: MemoryVersions | None, data: st.DataObject
+):
+    """And in whatever order they come."""
+    found, prints = data.draw(reads(harm))
+    together = decode(found, prints, versions)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(decoding, "_all_alike", lambda *_: None)
+        assert same(together, decode(found, prints, versions))
+    order = np.array(data.draw(st.permutations(range(len(found)))), np.int64)
+    assert same(together, decode([found[i] for i in order.tolist()], prints, versions, order))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_records_of_one_kind_are_judged_together_whatever_is_missing(dtype: Dtype, monkeypatch: pytest.MonkeyPatch):
+    records = encode(stored_of([(64, 1)] * 5), prints_of(5), VERSIONS, 11, dtype).values
+    monkeypatch.setattr(decoding, "_judged", None)
+    assert decode(records, prints_of(5), VERSIONS).outcomes == Outcomes(found=5)
+    some = decode([None, records[1], None, records[3], records[4]], prints_of(5), VERSIONS)
+    assert some.outcomes == Outcomes(found=3, missing=2)
+    assert some.stored.lengths[:, 0].tolist() == [0, 64, 0, 64, 64]
+    assert some.stored.time.tolist() == [0, -1, 0, 1, 2]
 
 
 def test_records_of_others_and_of_other_models_are_told_apart():
