@@ -95,14 +95,33 @@ def restore_parts(values: Tensor, lengths: Tensor, counts: list[Tensor], shapes:
         values: `[V]`; lengths: `[U]` numbers of a record; counts, shapes: for each part, a record's rows `[U]`, and a
             row's shape.
     """
+    if (torch.jit.is_scripting() or not exporting()) and lengths.numel() == 1:
+        return _parts_of_one(values, counts, shapes)
     start = offsets_of(lengths)[:-1]
     parts: list[Tensor] = []
     for count, shape in zip(counts, shapes):  # noqa: B905
-        width = 1
-        for size in shape:
-            width *= size
+        width = _product(shape)
         row, record = expand_windows(torch.zeros_like(count), count)
         place = (start.index_select(0, record) + width * row).unsqueeze(1) + torch.arange(width, device=values.device)
         parts.append(values.index_select(0, place.flatten()).view([place.size(0)] + shape))  # noqa: RUF005
         start = start + width * count
     return parts
+
+
+def _parts_of_one(values: Tensor, counts: list[Tensor], shapes: list[list[int]]) -> list[Tensor]:
+    """The same of one record, as a server most often has: its parts lie in it one after another."""
+    parts: list[Tensor] = []
+    start = 0
+    for count, shape in zip(counts, shapes):  # noqa: B905
+        rows = int(count)
+        end = start + rows * _product(shape)
+        parts.append(values[start:end].view([rows] + shape))  # noqa: RUF005
+        start = end
+    return parts
+
+
+def _product(shape: list[int]) -> int:
+    product = 1
+    for size in shape:
+        product *= size
+    return product

@@ -5,6 +5,8 @@ Two forms with one signature: :func:`naive_window_attention` is the definition, 
 chunk in one batched product a head, and merges a tile's chunks by the rule of online softmax (Milakov & Gimelshein
 2018; split keys as in FlashDecoding). Only the last chunk of a window is padded, so that time and memory follow Σ L and
 not R × max L. A pair of a tile and a chunk is a *unit* of work; requests with nearly the same window share tiles.
+
+One request alone, as a server has it, with a window that is not long, needs none of this and is one product a head.
 """
 
 import math
@@ -72,6 +74,9 @@ def window_attention(
     Returns:
         `[N, h, dv]`; zero for candidates of an empty window.
     """
+    plain = chunk == 0 and seen is None
+    if (torch.jit.is_scripting() or not exporting()) and plain and _alone(q, start, end, bias):
+        return _one_window(q, k[int(start) : int(end)], v[int(start) : int(end)], bias)
     queries, heads, d = q.size(0), q.size(1), q.size(2)
     if not torch.jit.is_scripting() and exporting():
         keys = with_spare(k)
@@ -131,3 +136,21 @@ def window_attention(
         summed = torch.bmm(weight.transpose(1, 2), v_of[head])
         out.append(merge(top, weight.sum(1), summed, plan.tile, tiles))
     return out_of_units(torch.stack(out, 2), plan, q_offsets, queries)
+
+
+def _alone(q: Tensor, start: Tensor, end: Tensor, bias: Tensor | None, most_pairs: int = 1 << 19) -> bool:
+    """Whether there is but one request, whose logits are a few MiB; and not of events which a bias of −∞ hides one and
+    all: their softmax is none."""
+    if start.numel() != 1 or q.size(0) * int(end - start) > most_pairs:
+        return False
+    return bias is None or bias.size(0) == 0 or float(bias.detach().amax(0).amin()) > float("-inf")
+
+
+def _one_window(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """Of all queries `[N, h, d]` to all keys `[L, h, d]`: `[N, h, dv]`; zero where L is 0."""
+    q, k, scale = q.transpose(0, 1), k.permute(1, 2, 0), 1 / math.sqrt(q.size(2))
+    if bias is None:
+        logits = torch.bmm(q * scale, k)
+    else:
+        logits = torch.baddbmm(bias.t().unsqueeze(1).to(q.dtype), q, k, alpha=scale)
+    return torch.bmm(torch.softmax(logits, -1), v.transpose(0, 1)).transpose(0, 1)  # [h, N, L] · [h, L, dv]

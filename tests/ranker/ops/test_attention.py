@@ -54,6 +54,41 @@ def test_equals_the_definition_at_the_edges(name: str, bias: bool, chunk: int):
     check(EDGES[name], 2, 4, 3, bias, chunk)
 
 
+ALONE = {
+    "some events of a row": shape([9], [(0, 2, 9)], [3]),
+    "an empty window": shape([5], [(0, 1, 1)], [2]),
+    "no candidates": shape([5], [(0, 0, 5)], [0]),
+    "too many pairs for one product": shape([1100], [(0, 3, 1100)], [480]),
+}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", ALONE)
+def test_one_request_alone_equals_the_definition(name: str, bias: bool):
+    """Scripted, too."""
+    check(ALONE[name], 2, 4, 3, bias, 0)
+    q, k, v, b = operands(ALONE[name], 2, 4, 3, bias)
+    start, end, offsets = ALONE[name].windows()
+    found = torch.jit.script(window_attention)(q, offsets, k, v, start, end, b)
+    torch.testing.assert_close(found, naive_window_attention(q, offsets, k, v, start, end, b))
+
+
+@pytest.mark.parametrize("requests", [1, 2])
+def test_events_that_are_hidden_one_and_all_give_nothing(requests: int):
+    """By a bias of −∞, in one head; the other sees some of them."""
+    batch = shape([6] * requests, [(i, 0, 6) for i in range(requests)], [2] * requests)
+    q, k, v, b = operands(batch, 2, 4, 3, True)
+    assert b is not None
+    bias = b.detach().clone()
+    bias[:, 0], bias[:3, 1] = -math.inf, -math.inf
+    start, end, offsets = batch.windows()
+    found = window_attention(q, offsets, k, v, start, end, bias)
+    expected = naive_window_attention(q, offsets, k, v, start, end, bias)
+    assert not found[:, 0].any()
+    torch.testing.assert_close(found[:, 1], expected[:, 1])
+    assert all(bool(x.isfinite().all()) for x in torch.autograd.grad(found.sum(), [q, k, v]))
+
+
 @given(shapes(), st.booleans(), st.integers(0, 64), st.integers(0, 2**31))
 @settings(deadline=None, max_examples=40)
 def test_candidates_that_see_the_first_events_alone_equal_the_definition(
@@ -109,14 +144,15 @@ def test_events_outside_the_windows_change_nothing(batch: Shape, chunk: int):
         assert not gradient[unseen].any()
 
 
+@pytest.mark.parametrize("chunk", [0, 8])
 @pytest.mark.parametrize("scale", [30.0, 1e4])
-def test_large_logits_stay_finite(scale: float):
+def test_large_logits_stay_finite(scale: float, chunk: int):
     """In float32, with the greatest logit in any chunk: softmax becomes a choice, and its gradients stay finite."""
     batch = shape([40], [(0, 0, 40)], [4])
     q, k, v, _ = operands(batch, 2, 4, 4, False)
     single = [(x.detach() * s).float().requires_grad_() for x, s in ((q, scale), (k, 1.0), (v, 1.0))]
     start, end, offsets = batch.windows()
-    out = window_attention(single[0], offsets, single[1], single[2], start, end, None, 8)
+    out = window_attention(single[0], offsets, single[1], single[2], start, end, None, chunk)
     exact = naive_window_attention(
         *(x.double() for x in single[:1]), offsets, *(x.double() for x in single[1:]), start, end
     )
