@@ -22,6 +22,7 @@ from ranker.ops.attention import window_attention
 from ranker.ops.frozen_attention import frozen_attention, window_logsumexp
 from ranker.ops.jagged import log_bucket, offsets_of, segment_softmax, segment_sum
 from ranker.ops.padded import exporting
+from ranker.ops.take_rows import take_rows
 from ranker.ops.votes import Agents, Leaves, Nodes, history_leaves, keep_agents, keep_leaves, row_keys, tree_nodes
 
 ROUTINGS = ("items", "agents", "hard")
@@ -205,7 +206,7 @@ class HiSAC(nn.Module):
 
     def _ranking_embeddings(self, history: History, leaves: Leaves) -> Tensor:
         """e_i of every vote `[P', d]`: the event's embedding, times the decay of its age at the request."""
-        e = history.x.index_select(0, leaves.event)
+        e = take_rows(history.x, leaves.event)
         decay = self.decay
         if decay is not None:
             now = history.now.index_select(0, leaves.request).index_select(0, leaves.leaf)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ranker.ops.jagged import offsets_of, segments_of
 from ranker.ops.padded import exporting, with_spare
+from ranker.ops.take_rows import take_rows
 from ranker.ops.units import in_units, merge, out_of_units, shared_windows, sizes_of, units_of
 
 
@@ -119,10 +120,10 @@ def window_attention(
     q_tile = q.index_select(0, plan.row.flatten()).view(tiles, width, heads, d)
     q_tile = (q_tile / math.sqrt(d)).permute(0, 2, 3, 1).flatten(1)  # [tiles, h · d · width]
     q_of = q_tile.index_select(0, plan.tile).view(units, heads, d, width).unbind(1)
-    k_of = k.flatten(1).index_select(0, event).view(units, chunk, heads, d).unbind(2)
+    k_of = take_rows(k.flatten(1), event).view(units, chunk, heads, d).unbind(2)
     v_of = k_of
     if v is not k:  # keys that are values are gathered once
-        v_of = v.flatten(1).index_select(0, event).view(units, chunk, heads, v.size(2)).unbind(2)
+        v_of = take_rows(v.flatten(1), event).view(units, chunk, heads, v.size(2)).unbind(2)
     out: list[Tensor] = []
     for head in range(heads):
         # in place where autograd allows: the cost is memory traffic. [units, chunk, width]

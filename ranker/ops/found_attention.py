@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from ranker.ops.padded import exporting
+from ranker.ops.take_rows import take_rows
 
 
 def take_found(x: Tensor, event: Tensor) -> Tensor:
     """Rows `[..., *]` of `x` `[T, *]` at `event` `[...]`; where that is −1, any row's or zeros."""
     if x.size(0) == 0:
         x = torch.cat([x, torch.zeros([1] + list(x.shape[1:]), dtype=x.dtype, device=x.device)])  # noqa: RUF005
-    return x.index_select(0, event.clamp(min=0).flatten()).view(list(event.shape) + list(x.shape[1:]))
+    return take_rows(x, event.clamp(min=0).flatten()).view(list(event.shape) + list(x.shape[1:]))
 
 
 def found_attention(q: Tensor, kv: Tensor, event: Tensor, bias: Tensor | None = None) -> Tensor:
