@@ -89,13 +89,15 @@ class LmdbWriter:
             self._write({})
 
     def _write(self, marks: dict[bytes, bytes]) -> None:
-        pending = sorted(self._pending.items())  # in the order of the pages
-        records = [(name, value) for name, value in pending if value is not None]
-        removed = [name for name, value in pending if value is None]
+        records = [(name, value) for name, value in self._pending.items() if value is not None]
+        removed = [name for name, value in self._pending.items() if value is None]
 
         def write(txn: lmdb.Transaction, opened: Environment) -> None:
+            # The first records fill their pages in order. Later ones go between them: in order, they would leave each
+            # page that they split half empty; as they come, pages are some 70 % full.
+            first = txn.stat(opened.records)["entries"] == 0
             with txn.cursor(opened.records) as cursor:
-                cursor.putmulti(records)
+                cursor.putmulti(sorted(records) if first else records, append=first)
             for name in removed:
                 txn.delete(name, db=opened.records)
             for name, mark in marks.items():

@@ -17,8 +17,10 @@ import pytest
 import torch
 
 from ranker.memory import lmdb_environment, lmdb_store, lmdb_writer
+from ranker.memory.keys import hashes_of, keys_of
 from ranker.memory.lmdb_environment import LOCKING
 from ranker.memory.reader import MemoryReader
+from ranker.memory.record import size_of
 from ranker.memory.store import StoreError, open_store
 from ranker.memory.verify import verify
 from tests.ranker.memory.stored_memories import CODES, VERSIONS, build, expected, generation_of, probes_of, put
@@ -93,6 +95,26 @@ def test_the_map_grows_as_it_fills(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     build(store, generation_of(), range(5_000))
     assert store.size("monday").records == 5_000 * CODES
     assert store.size("monday").bytes > 1 << 20
+
+
+@pytest.mark.parametrize(("commits", "full"), [(1, 0.95), (20, 0.64)])
+def test_pages_are_filled(tmp_path: Path, commits: int, full: float):
+    """Wholly by one commit; by many of them about as B-trees are by records in no order, ln 2, though those of a user,
+    some pages of them, lie side by side."""
+    store, size = open_store(str(tmp_path)), size_of("float16", 64)
+    writer = store.begin(generation_of())
+    for users in np.array_split(np.arange(200), commits):
+        for user in users:
+            keys = keys_of(hashes_of([user]), 0, np.zeros(100, np.int64), np.arange(100)).key
+            writer.put_many(keys, [bytes(size)] * 100)
+        writer.done(str(users[0]))
+    writer.close()
+    env = lmdb.open(str(tmp_path / "generations" / "monday"), readonly=True, max_dbs=2)
+    with env.begin() as txn:
+        pages = txn.stat(env.open_db(b"records", txn, create=False))
+    env.close()
+    of_record = size + 8 + 10  # its key, and what LMDB keeps of it
+    assert pages["entries"] * of_record > full * pages["leaf_pages"] * pages["psize"]
 
 
 def test_a_record_that_was_put_twice_is_the_later_one(tmp_path: Path):
