@@ -110,7 +110,7 @@ def _all_alike(
     due = np.empty_like(stated)  # the first record's, but for what each has of its own
     due[:] = stated[0]
     due[:, 0] = checksums(words)
-    due.view("<u4")[:, 3] = fingerprints if rows is None else fingerprints[rows]
+    due.view(_U4)[:, 3] = fingerprints if rows is None else fingerprints[rows]
     due[:, 4:6] = stated[:, 4:6]
     return (words, *kind) if stated.tobytes() == due.tobytes() else None
 
@@ -184,7 +184,7 @@ def _part(words: U64, dtype: Dtype, values: int, exact: int, order: I64 | None =
 
 
 _Type = tuple[np.dtype[Any], np.dtype[Any]]
-_U8 = np.dtype("<u8")
+_U8, _U4 = np.dtype("<u8"), np.dtype("<u4")
 _F4, _F2, _I1 = ((np.dtype(f"<{name}"), np.dtype(name)) for name in ("f4", "f2", "i1"))
 """of numbers as records have them, and as this machine has them"""
 

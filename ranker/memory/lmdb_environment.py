@@ -20,6 +20,7 @@ import numpy as np
 from ranker.memory.keys import U64
 
 T = TypeVar("T")
+_BIG_ENDIAN, _EIGHT_BYTES = np.dtype(">u8"), np.dtype("V8")
 ABOUT, RECORDS = b"about", b"records"
 DATA = "data.mdb"
 FIRST_MAP_BYTES = 64 << 20
@@ -45,7 +46,7 @@ LOCKING: Locking = {"max_dbs": 2, "max_readers": 1024, "max_spare_txns": 0, "rea
 
 def names_of(keys: U64) -> list[bytes]:
     """Keys as LMDB has them: big-endian, so that they lie in numeric order."""
-    return np.ascontiguousarray(keys).astype(">u8").view("V8").tolist()
+    return np.ascontiguousarray(keys, _BIG_ENDIAN).view(_EIGHT_BYTES).tolist()
 
 
 class Environment:
