@@ -9,7 +9,7 @@ each batch, as their optimizers are fused with the backward pass.
 from __future__ import annotations
 
 from collections.abc import Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import cast
 
 import numpy as np
@@ -26,6 +26,7 @@ from ranker.sharding import average_replicas, optimizer_of
 from ranker.towers import click_losses, esmm_loss
 from ranker.training.checkpoint import Position
 from ranker.training.clock import StepClock
+from ranker.training.collectives import wait_in_the_open
 from ranker.training.divergence import Divergence
 from ranker.training.interruption import Interruption
 from ranker.training.learning_rates import LearningRates
@@ -60,6 +61,9 @@ class Learner:
         self.clock.watch(cast(nn.Module, model.module.tables), "sparse", "dense")
         self.told = False
         self._replicated = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
+        if ranks.world > 1:
+            for replica in self._replicated:
+                wait_in_the_open(replica)
         self._averaged_before = False
         self._replicas_differ = False
 
@@ -75,6 +79,31 @@ class Learner:
         self.model.train()
         self.rates.set(position.step, total)
         self.optimizer.zero_grad()  # before the forward pass, which hands the tables' rate on to the backward's kernels
+        # one process waits for nobody
+        with self.clock.hearing_waits() if self.ranks.world > 1 else nullcontext():
+            learned, averaged = self._learn_each(source, batches, position, divergence, window)
+            with self.clock.part("optimizer"):
+                if not averaged:
+                    self._average()
+                if learned is not None:
+                    self._change_dense(learned, position, divergence, window)
+        position.step += 1
+        window.steps += 1
+        self._replicas_differ = self.config.tables.replicas > 1
+        if position.step % self.config.tables.replicas_every == 0:
+            self.average_replicas()
+
+    def average_replicas(self) -> None:
+        """Let all replicas of the tables have the same rows; before a checkpoint or a validation, too."""
+        if self._replicas_differ:
+            with self.clock.part("communication"):
+                average_replicas(self.model)
+            self._replicas_differ = False
+
+    def _learn_each(
+        self, source: BatchSource, batches: int, position: Position, divergence: Divergence, window: Window
+    ) -> tuple[RequestBatch | None, bool]:
+        """Learn from the step's batches: the last that was not skipped, and whether dense gradients are averaged."""
         averaged = True
         learned: RequestBatch | None = None
         for number in range(batches):
@@ -88,23 +117,7 @@ class Learner:
                     learned, averaged = batch, last or not self._averaged_before
                     self._averaged_before = True
             source.done()
-        with self.clock.part("optimizer"):
-            if not averaged:
-                self._average()
-            if learned is not None:
-                self._change_dense(learned, position, divergence, window)
-        position.step += 1
-        window.steps += 1
-        self._replicas_differ = True
-        if position.step % self.config.tables.replicas_every == 0:
-            self.average_replicas()
-
-    def average_replicas(self) -> None:
-        """Let all replicas of the tables have the same rows; before a checkpoint or a validation, too."""
-        if self._replicas_differ:
-            with self.clock.part("ranks"):
-                average_replicas(self.model)
-            self._replicas_differ = False
+        return learned, averaged
 
     def _learn(
         self, source: BatchSource, batch: RequestBatch, seed: tuple[int, ...], share: float, position: Position,
@@ -130,8 +143,9 @@ class Learner:
             of_blocks = click_losses(scores.click_logits.float(), batch.labels)
             auxiliary = auxiliary + (of_blocks * of_blocks.new_tensor(self.config.search_weights)).sum() * of_all
             loss = (losses * weights).sum() * of_all + auxiliary
-        with self.clock.part("ranks"):
+        with self.clock.part("sparse"):
             source.forward_done()
+        with self.clock.part("ranks"):
             whole = self.ranks.total(float(loss.detach())) / self.ranks.world
         if divergence.skips(batch, whole, position):
             return False
@@ -162,5 +176,7 @@ class Learner:
         """The same after the backward pass, where the step's last batch, which was to do it, had none."""
         for parameter in self.dense_parameters:
             if self.ranks.world > 1 and parameter.grad is not None:
-                dist.all_reduce(parameter.grad)
+                sent = dist.all_reduce(parameter.grad, async_op=True)
+                assert sent is not None
+                sent.wait()  # not within the call, where on a GPU nobody hears it
                 parameter.grad /= self.ranks.world

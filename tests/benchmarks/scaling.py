@@ -4,8 +4,9 @@
 
 Weak scaling, as one adds machines: every rank has batches of the same size. One process with one thread, the named
 alternative, then two with a thread each under torchrun, in turn; the machine needs as many idle cores. Ideal is 2. The
-parts of a step (:mod:`ranker.training.clock`, the first rank's) say where the rest goes: what a part takes more in two
-processes is exchange between ranks, waiting for the slower one, and the memory bandwidth that both share.
+parts of a step (:mod:`ranker.training.clock`, the first rank's) say where the rest goes: *communication* is waiting for
+what the ranks exchange, *ranks* is waiting for the slower one, and what any other part takes more in two processes is
+the exchange's own work (ids sorted by rank, buffers filled) and the memory bandwidth that both share.
 """
 
 from __future__ import annotations
@@ -79,6 +80,9 @@ def main() -> None:
     print(f"two over one: {statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f}), of 2")
     lost = {part: found[2][f"time_ms/{part}"] - found[1][f"time_ms/{part}"] for part in PARTS}
     print("a step of two ranks takes longer by, ms: " + ", ".join(f"{part} {ms:+.1f}" for part, ms in lost.items()))
+    two = found[2]
+    share = two["time_ms/communication"] * two["speed/steps_per_s"] / 1000
+    print(f"of it, two ranks wait {share:.0%} for what they exchange (communication); one rank has nobody to wait for")
 
 
 if __name__ == "__main__":

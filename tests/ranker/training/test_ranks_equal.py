@@ -25,7 +25,7 @@ from ranker.config import TrainConfig
 from ranker.evaluation.predict import selection_of
 from ranker.run import Run
 from ranker.towers import esmm_loss
-from ranker.training import checkpoint, learner
+from ranker.training import checkpoint, clock, learner
 from ranker.training.trainer import train
 from tests.ranker.started_ranks import keep_one_process_group, run_ranks_to_the_end
 
@@ -117,6 +117,16 @@ def test_losses_are_those_of_one_rank(runs: Path, scalars: Scalars):
     for tag in ("loss/ctr", "loss/ctcvr", "train/ne", "train/gradient_norm"):
         assert one[tag].keys() == two[tag].keys()
         np.testing.assert_allclose(list(two[tag].values()), list(one[tag].values()), rtol=1e-5, err_msg=tag)
+
+
+def test_waiting_for_what_ranks_exchange_is_a_part_of_the_step(runs: Path, scalars: Scalars):
+    one, two, ahead = (scalars(runs / run) for run in ("one", "two", "ahead"))
+    for found in (two, ahead):
+        for step in list(one["loss/ctr"])[1:]:  # the first is of one rank in all
+            parts = {part: found[f"time_ms/{part}"][step] for part in clock.PARTS}
+            assert min(parts.values()) > 0
+            assert sum(parts.values()) < 1000 / found["speed/steps_per_s"][step]
+    assert set(one["time_ms/communication"].values()) == {0}
 
 
 def test_parameters_and_optimisers_are_those_of_one_rank(runs: Path, read_checkpoint: Read):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torchrec.distributed.types import ShardedModule
 
@@ -162,6 +163,7 @@ def test_times_by_part_are_all_of_a_step(config_of: ConfigOf, tmp_path: Path, sc
         parts = {part: found[f"time_ms/{part}"][step] for part in PARTS}
         assert all(spent >= 0 for spent in parts.values())
         assert min(parts[part] for part in ("data", "sparse", "dense", "backward", "optimizer")) > 0
+        assert parts["communication"] == 0  # with nobody
         whole = 1000 / found["speed/steps_per_s"][step]
         assert 0.2 * whole < sum(parts.values()) < whole  # the rest is the log's own, on a busy machine more
     assert found["memory/rss_bytes"][6] > 2**26
@@ -183,6 +185,38 @@ def test_a_part_within_a_part_counts_once():
     assert spent["dense"] >= 0.02
     assert spent["sparse"] + spent["dense"] <= whole
     assert sum(clock.read().values()) == 0
+
+
+def test_waiting_for_a_collective_counts_as_communication_alone():
+    with join_ranks("cpu", 1) as ranks:
+        clock, inner, sent = StepClock(ranks.device), nn.Identity(), torch.zeros(1)
+
+        def exchange(*_: object) -> None:
+            time.sleep(0.02)
+            work = dist.all_reduce(sent, async_op=True)
+            assert work is not None
+            work.wait()
+
+        inner.register_forward_hook(exchange)
+        clock.watch(inner, "sparse", "dense")
+        wait = dist.Work.wait
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dist.Work, "wait", lambda work: time.sleep(0.05) or wait(work))
+            began = time.perf_counter()
+            with clock.hearing_waits():
+                with clock.part("dense"):
+                    inner(torch.zeros(1))
+                with clock.part("ranks"):
+                    dist.all_reduce(sent)
+                dist.all_reduce(sent)  # in no part of a step
+            whole = time.perf_counter() - began
+        assert dist.Work.wait is wait
+        spent = clock.read()
+        assert 0.05 <= spent["communication"] < 0.1
+        assert spent["sparse"] >= 0.02
+        assert 0 <= spent["dense"] < 0.02
+        assert spent["ranks"] >= 0.05
+        assert sum(spent.values()) <= whole - 0.05
 
 
 def marks(trace: Path) -> list[str]:
