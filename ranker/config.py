@@ -91,6 +91,18 @@ class BucketsConfig(Strict):
     )
 
 
+class ManagedCollisionConfig(Strict):
+    """A table whose rows belong to the ids that training meets."""
+
+    rows: int = Field(ge=2, description="of which each rank keeps one for ids without a row")
+    eviction: Literal["lfu", "lru", "distance_lfu"] = Field(
+        default="distance_lfu",
+        description="whose rows are taken: ids met least often (lfu), longest ago (lru), or least often for how long "
+        "ago (distance_lfu)",
+    )
+    every: int = Field(default=100, ge=1, description="batches between two times that ids are let in")
+
+
 class TablesConfig(Strict):
     """Embedding tables and how TorchRec may shard them."""
 
@@ -101,10 +113,10 @@ class TablesConfig(Strict):
         description="tables with fewer rows than ids, by feature: so many rows, or a block; where there are more ids, "
         "index i reads row 1 + (i − 1) mod rows",
     )
-    managed_collision: dict[str, int] = Field(
+    managed_collision: dict[str, int | ManagedCollisionConfig] = Field(
         default_factory=dict,
-        description="not supported: hash_buckets in the prepare config is for open vocabularies, tables.buckets for "
-        "small tables",
+        description="tables for ids without end, on GPUs, by feature (one with hash_buckets): so many rows, or a "
+        "block; ids that are met come to rows of their own, and lose them to others (zero-collision hashing)",
     )
     init_scale: float = Field(default=0.01, gt=0, description="tables start uniform in ± this")
     optimizer: Literal["rowwise_adagrad", "adagrad", "sgd"] = "rowwise_adagrad"
@@ -147,20 +159,37 @@ class TablesConfig(Strict):
 
     @field_validator("managed_collision")
     @classmethod
-    def _refuse_managed_collision(cls, tables: dict[str, int]) -> dict[str, int]:
-        if tables:
-            raise ValueError(
-                f"{', '.join(tables)}: managed-collision tables are not supported, on CPUs or GPUs: TorchScript, which "
-                "`ranker export` writes, cannot hold them. For ids without end set hash_buckets (user_hash_buckets, "
-                "item_hash_buckets) in the prepare config, or give them a vocabulary; for fewer rows than a vocabulary "
-                "has, set tables.buckets"
-            )
+    def _at_least_two_rows(
+        cls, tables: dict[str, int | ManagedCollisionConfig]
+    ) -> dict[str, int | ManagedCollisionConfig]:
+        for name, asked in tables.items():
+            if isinstance(asked, int) and asked < 2:
+                raise ValueError(f"{name}: {asked} rows; must be at least 2, one of them for ids without a row")
         return tables
+
+    @model_validator(mode="after")
+    def _managed_alone(self) -> TablesConfig:
+        if both := sorted(self.buckets.keys() & self.managed_collision.keys()):
+            raise ValueError(
+                f"managed_collision: {', '.join(both)} in buckets too, where ids share rows by their numbers; leave "
+                "one out"
+            )
+        if self.managed_collision and self.replicas > 1:
+            raise ValueError(
+                "managed_collision: replicas of a table would give its rows to ids of their own, and cannot be "
+                "averaged; set replicas: 1"
+            )
+        return self
 
     def buckets_of(self, feature: str) -> BucketsConfig | None:
         """What `buckets` says of a feature."""
         asked = self.buckets.get(feature)
         return BucketsConfig(rows=asked) if isinstance(asked, int) else asked
+
+    def managed_of(self, feature: str) -> ManagedCollisionConfig | None:
+        """What `managed_collision` says of a feature."""
+        asked = self.managed_collision.get(feature)
+        return ManagedCollisionConfig(rows=asked) if isinstance(asked, int) else asked
 
 
 class DinConfig(Strict):
@@ -333,6 +362,11 @@ class TrainConfig(Strict):
             raise ValueError(
                 "training.read_ahead: tables.buckets makes rows of ids within the model, where they cannot be sent "
                 "ahead; leave one of them out"
+            )
+        if self.training.read_ahead and self.tables.managed_collision:
+            raise ValueError(
+                "training.read_ahead: the rows of tables.managed_collision change hands between batches, and cannot be "
+                "read ahead; leave one of them out"
             )
         return self
 

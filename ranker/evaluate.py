@@ -25,6 +25,7 @@ from ranker.ranks import Ranks, join_ranks
 from ranker.run import Run, codewords_of
 from ranker.sharding import shard
 from ranker.training import checkpoint
+from ranker.training.managed_state import hold
 from ranker.training.trainer import build
 
 
@@ -33,7 +34,7 @@ def restore(run: Run, ranks: Ranks, checkpoint_path: Path | None = None) -> Rank
     dataset = run.dataset()
     spec = resolve(run.config.features, dataset.manifest)
     model, _ = shard(
-        build(spec, run.config, run.moments(), codewords_of(run.config, dataset)),
+        build(spec, run.config, run.moments(), codewords_of(run.config, dataset), held=True),
         run.config.tables,
         ranks,
         reads_of(run.config, dataset, spec, ranks.world),
@@ -41,6 +42,7 @@ def restore(run: Run, ranks: Ranks, checkpoint_path: Path | None = None) -> Rank
     best = checkpoint_path or ranks.agree(run.best)
     checkpoint.check(best, ranks)
     checkpoint.load(best, model, None)
+    hold(model, best)
     return model  # type: ignore[return-value]
 
 

@@ -171,6 +171,7 @@ class Ranker(nn.Module):
         moments: mean and deviation of dense features, kept with the model's state.
         codewords: of the codebooks that blocks name, kept with it too.
         device: of the tables; ``meta`` when TorchRec is to shard them.
+        held: managed tables are as training left them (:mod:`ranker.held_rows`).
     """
 
     def __init__(
@@ -180,9 +181,10 @@ class Ranker(nn.Module):
         moments: Moments,
         codewords: Codewords | None = None,
         device: torch.device | None = None,
+        held: bool = False,
     ) -> None:
         super().__init__()
-        self.tables = Tables(spec, config.tables, device)
+        self.tables = Tables(spec, config.tables, device, held)
         self.dense = Dense(spec, config, self.tables, moments, codewords or {})
 
     def forward(self, batch: RequestBatch) -> Scores:

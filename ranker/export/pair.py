@@ -179,10 +179,12 @@ def tables_for(spec: FeatureSpec, tables: Tables, config: TablesConfig) -> Table
         update={
             "dims": {name: dim for name, dim in config.dims.items() if name in pooled},
             "buckets": {name: fewer for name, fewer in config.buckets.items() if name in read},
+            "managed_collision": {name: rows for name, rows in config.managed_collision.items() if name in read},
         }
     )
-    kept = Tables(spec, own, device=torch.device("meta"))
-    for place in ("request", "candidate", "sequence", "events", "content"):
+    kept = Tables(spec, own, device=torch.device("meta"), held=True)
+    managed = [f"managed_{place}" for place in ("request", "candidate", "sequence", "events")]
+    for place in ("request", "candidate", "sequence", "events", "content", *managed):
         if getattr(kept, place):  # neither None nor an empty list
             setattr(kept, place, getattr(tables, place))
     return kept

@@ -9,6 +9,7 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from features.errors import UserError
 from features.selection import FeatureSpec
+from ranker.held_rows import HeldRows
 from ranker.model import Ranker
 from ranker.run import Run, codewords_of
 
@@ -33,8 +34,14 @@ def unsharded(model: nn.Module, spec: FeatureSpec, run: Run) -> Ranker:
         else:
             state[name] = value.detach().cpu()
     codewords = codewords_of(run.config, run.dataset())
-    ranker = Ranker(spec, run.config, run.moments(), codewords, device=torch.device("cpu"))
+    ranker = Ranker(spec, run.config, run.moments(), codewords, device=torch.device("cpu"), held=True)
     missing, unexpected = ranker.load_state_dict(state, strict=False)
     if missing or unexpected:
         raise ExportError(f"parameters do not match: missing {missing}, unexpected {unexpected}")
+    for own, trained in zip(_held(ranker), _held(model), strict=True):
+        own.take(trained)
     return ranker.eval()
+
+
+def _held(model: nn.Module) -> list[HeldRows]:
+    return [module for module in model.modules() if isinstance(module, HeldRows)]

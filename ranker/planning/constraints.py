@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.mc_embedding import ManagedCollisionEmbeddingCollectionSharder
 from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.distributed.types import CacheAlgorithm, CacheParams
 
@@ -49,6 +50,8 @@ def allowed_types(table: Table, config: TablesConfig) -> tuple[str, list[str]]:
     own = config.sharding.get(table.name)
     if own is not None and own.types is not None:
         return f"tables.sharding.{table.name}.types", list(own.types)
+    if table.kind == "managed":
+        return "tables.managed_collision", ["row_wise"]
     if table.kind == "pooled":
         return "tables.pooled_sharding", list(config.pooled_sharding)
     return "tables.sequence_sharding", list(config.sequence_sharding)
@@ -56,7 +59,11 @@ def allowed_types(table: Table, config: TablesConfig) -> tuple[str, list[str]]:
 
 def possible_types(table: Table, device: Device) -> list[str]:
     """What TorchRec can do with a table on a device, but data_parallel (see :class:`TableShardingConfig`)."""
-    sharder = EmbeddingBagCollectionSharder() if table.kind == "pooled" else EmbeddingCollectionSharder()
+    sharder = {
+        "pooled": EmbeddingBagCollectionSharder,
+        "sequence": EmbeddingCollectionSharder,
+        "managed": ManagedCollisionEmbeddingCollectionSharder,
+    }[table.kind]()
     return [name for name in sharder.sharding_types(device) if name != "data_parallel"]
 
 
@@ -68,6 +75,8 @@ def rows_for_all(table: Table, cluster: Cluster) -> bool:
 
 def _constraints(table: Table, config: TablesConfig, cluster: Cluster, reads: Reads) -> ParameterConstraints:
     device = cluster.device
+    if table.kind == "managed":
+        _refuse_managed(table, config, cluster)
     key, types = allowed_types(table, config)
     possible = possible_types(table, device)
     if never := [name for name in types if name not in possible_types(table, "cuda")]:
@@ -108,6 +117,32 @@ def _constraints(table: Table, config: TablesConfig, cluster: Cluster, reads: Re
         batch_sizes=[read.lists for read in found] if _known(table, reads) else None,
         cache_params=_cache(own),
     )
+
+
+def _refuse_managed(table: Table, config: TablesConfig, cluster: Cluster) -> None:
+    """Raise ShardingError where managed rows cannot be trained."""
+    refuse_managed_on_cpus(table, cluster.device)
+    of_rank = -(-table.rows // cluster.ranks)
+    if table.rows - of_rank * (cluster.ranks - 1) < 2:
+        raise ShardingError(
+            f"tables.managed_collision: table {table.name} has {table.rows} rows, {of_rank} a rank, which leaves the "
+            f"last of {cluster.ranks} ranks without two, one of them for ids without a row; give it more"
+        )
+    if (own := config.sharding.get(table.name)) is not None and own.kernels != ["fused"]:
+        raise ShardingError(
+            f"tables.sharding.{table.name}.kernels: {own.kernels}, but rows that change hands are set anew where they "
+            "lie, in the ranks' own memory; leave fused alone"
+        )
+
+
+def refuse_managed_on_cpus(table: Table, device: Device) -> None:
+    """Raise ShardingError for a CPU."""
+    if device == "cpu":
+        raise ShardingError(
+            f"tables.managed_collision: table {table.name} is to be managed while it is trained, which is for GPUs, "
+            "and this is a CPU; train with training.device: cuda (`ranker plan --gpus` plans for GPUs without having "
+            "them), or leave it out: a feature with hash_buckets then has a row for each bucket"
+        )
 
 
 def _known(table: Table, reads: Mapping[str, Read]) -> bool:

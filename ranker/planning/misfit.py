@@ -9,6 +9,7 @@ from torch import nn
 from torchrec.distributed.planner.types import ShardingOption, Storage
 
 from ranker.config import TablesConfig
+from ranker.managed_collision import history_bytes
 from ranker.planning.cluster import Cluster
 from ranker.planning.constraints import ShardingError
 from ranker.planning.reads import Reads
@@ -59,13 +60,18 @@ def room_of(model: nn.Module, config: TablesConfig, cluster: Cluster, reads: Rea
     # tables alone are on the meta device, before they are sharded
     dense = sum(p.nbytes for p in model.parameters() if not p.is_meta) * _DENSE_COPIES
     buffers = sum(b.nbytes for b in model.buffers() if not b.is_meta)
+    # of managed tables: whose row each is, divided like rows, and the ids met between two times that others are let in
+    slots = sum(b.nbytes for b in model.buffers() if b.is_meta) / cluster.ranks
+    for table in tables_of(model):
+        met = sum(reads[key].lists * reads[key].ids for key in table.features if key in reads)
+        slots += history_bytes(model, table.name, met)
     ids = sum(reads[key].lists * reads[key].ids for table in tables_of(model) for key in table.features if key in reads)
     reserved = config.reserve * cluster.hbm_bytes if cluster.device == "cuda" else 0
     return Room(
         memory=cluster.memory,
         memory_bytes=cluster.memory_bytes,
         reserve_bytes=round(reserved),
-        dense_bytes=dense + buffers,
+        dense_bytes=dense + buffers + round(slots),
         ids_bytes=round(ids * _ID_BYTES * _ID_COPIES),
         host_bytes=cluster.ddr_bytes if cluster.device == "cuda" else 0,
     )

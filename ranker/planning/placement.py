@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.mc_embedding import ManagedCollisionEmbeddingCollectionSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.planner.constants import BATCH_SIZE
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
@@ -77,8 +78,12 @@ class _Kept(FixedPercentageStorageReservation):
 
 
 def sharders() -> list[ModuleSharder[nn.Module]]:
-    """TorchRec's for our two kinds of tables."""
-    return [EmbeddingBagCollectionSharder(), EmbeddingCollectionSharder()]  # type: ignore[list-item]
+    """TorchRec's for our kinds of tables."""
+    return [
+        EmbeddingBagCollectionSharder(),
+        EmbeddingCollectionSharder(),
+        ManagedCollisionEmbeddingCollectionSharder(),
+    ]  # type: ignore[list-item]
 
 
 def place(model: nn.Module, config: TablesConfig, cluster: Cluster, reads: Reads, thorough: bool = True) -> Placement:

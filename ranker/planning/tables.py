@@ -8,7 +8,9 @@ from typing import Literal
 from torch import nn
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
-Kind = Literal["pooled", "sequence"]
+from ranker.managed_collision import managed_of
+
+Kind = Literal["pooled", "sequence", "managed"]
 
 
 @dataclass(frozen=True)
@@ -25,11 +27,12 @@ class Table:
 def tables_of(model: nn.Module) -> list[Table]:
     """Every table of a model, in the order of its modules."""
     tables: list[Table] = []
+    managed = {id(part) for rows in managed_of(model) for part in rows.modules()}
     for module in model.modules():
         if isinstance(module, EmbeddingBagCollection):
             kind, configs = "pooled", module.embedding_bag_configs()
         elif isinstance(module, EmbeddingCollection):
-            kind, configs = "sequence", module.embedding_configs()
+            kind, configs = "managed" if id(module) in managed else "sequence", module.embedding_configs()
         else:
             continue
         tables += [Table(c.name, kind, tuple(c.feature_names), c.num_embeddings, c.embedding_dim) for c in configs]

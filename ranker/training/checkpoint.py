@@ -22,6 +22,7 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from features.errors import UserError
 from features.progress import log
 from ranker.ranks import Ranks
+from ranker.training import managed_state
 
 POSITION, SUMS = "position.json", "SHA256SUMS"
 
@@ -68,7 +69,9 @@ def save(path: Path, model: nn.Module, optimizer: CombinedOptimizer, position: P
 
 def state_of(model: nn.Module, optimizer: CombinedOptimizer) -> dict[str, object]:
     """What a checkpoint holds; the tensors are the model's own."""
-    return {"model": model.state_dict(), "optimizer": _with_state(optimizer.state_dict())}
+    state: dict[str, object] = {"model": model.state_dict(), "optimizer": _with_state(optimizer.state_dict())}
+    met = managed_state.histories(model)
+    return state | ({"histories": met} if met else {})
 
 
 def _with_state(optimizer: dict[str, Any]) -> dict[str, Any]:
@@ -147,6 +150,7 @@ def newest_whole(root: Path, ranks: Ranks) -> Path | None:
 
 def load(path: Path, model: nn.Module, optimizer: CombinedOptimizer | None) -> None:
     """Restore what `save` wrote, whatever the number of ranks; the optimisers only where given."""
+    managed_state.refuse_other_ranks(path, model)
     state: dict[str, Any] = {"model": model.state_dict()}
     every: dict[str, Any] = {}
     if optimizer is not None:
@@ -160,6 +164,7 @@ def load(path: Path, model: nn.Module, optimizer: CombinedOptimizer | None) -> N
     if optimizer is not None:
         read: dict[str, Any] = state["optimizer"]
         optimizer.load_state_dict(read | {"state": every["state"] | read["state"]})
+    managed_state.go_on_from(path, model)
 
 
 def position_of(path: Path) -> Position:

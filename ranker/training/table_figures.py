@@ -10,6 +10,7 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from features.batch import RequestBatch
+from ranker.managed_collision import managed_of
 from ranker.ranks import Ranks
 
 
@@ -35,6 +36,23 @@ def lookups(batch: RequestBatch, ranks: Ranks) -> dict[str, float]:
     return found
 
 
+def managed_rows(model: nn.Module, ranks: Ranks) -> dict[str, float]:
+    """Of managed tables, since the last time: ``managed/TABLE/known``, the share of the ids looked up that had a row of
+    their own, ``…/unknown``, the number of the others, and ``…/occupied``, the share of rows that ids have by now."""
+    tables = managed_of(model)
+    if not tables:
+        return {}
+    totals = ranks.totals(*(n for table in tables for n in (*table.slots.counted(), *table.slots.taken())))
+    found: dict[str, float] = {}
+    for i, table in enumerate(tables):
+        read, missed, taken, rows = totals[4 * i : 4 * i + 4]
+        name = f"managed/{table.name}"
+        found |= {f"{name}/unknown": missed, f"{name}/occupied": taken / rows}
+        if read:
+            found[f"{name}/known"] = 1 - missed / read
+    return found
+
+
 def _squares(x: Tensor) -> float:
     """The sum of a table's squares; a norm has no copy of it on the way."""
     return float(torch.linalg.vector_norm(x, dtype=torch.float32)) ** 2 if x.numel() else 0.0
@@ -48,7 +66,8 @@ def norms(model: nn.Module, ranks: Ranks) -> dict[str, float]:
     counts: list[float] = []
     sizes: list[int] = []
     for key, value in model.state_dict().items():
-        if isinstance(value, ShardedTensor) and not key.startswith("tables.content."):
+        # managed tables have their ids in sharded tensors too
+        if isinstance(value, ShardedTensor) and key.endswith(".weight") and not key.startswith("tables.content."):
             names.append(key.split(".")[-2])
             counts.append(sum(_squares(shard.tensor) for shard in value.local_shards()))
             sizes.append(value.size(0))

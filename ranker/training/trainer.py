@@ -26,6 +26,7 @@ from ranker.doctor import ensure_healthy
 from ranker.embeddings import load_content
 from ranker.evaluation.metrics import Predictions, task_metrics
 from ranker.evaluation.predict import predict, refuse_not_finite, scoring_loader, selection_of
+from ranker.managed_collision import refuse_unmanageable
 from ranker.model import Moments, Ranker
 from ranker.planning.reads import reads_of
 from ranker.ranks import Ranks, join_ranks
@@ -41,14 +42,16 @@ from ranker.training.out_of_memory import naming_the_tables
 from ranker.training.report import Report
 from ranker.training.saver import Saver
 from ranker.training.source import BatchSource, ReadAhead, ReadWhenAsked
+from ranker.training.table_figures import managed_rows
 from ranker.training.trace import Tracer
 from ranker.training.warm_start import Source, TableRows, record_of, source_of, start_from
 
 
-def build(spec: FeatureSpec, config: TrainConfig, moments: Moments, codewords: Codewords) -> Ranker:
-    """The unsharded ranker with tables on the meta device, the dense part from the seed."""
+def build(spec: FeatureSpec, config: TrainConfig, moments: Moments, codewords: Codewords, held: bool = False) -> Ranker:
+    """The unsharded ranker with tables on the meta device, the dense part from the seed; managed tables to train, or to
+    be held."""
     torch.manual_seed(config.seed)
-    return Ranker(spec, config, moments, codewords, device=torch.device("meta"))
+    return Ranker(spec, config, moments, codewords, torch.device("meta"), held)
 
 
 class Trainer:
@@ -70,6 +73,7 @@ class Trainer:
     ) -> None:
         self.config, self.ranks = config, ranks
         spec = resolve(config.features, dataset.manifest)
+        refuse_unmanageable(config.tables, spec, dataset.manifest)
         selection = selection_of(config, dataset, spec)
         self.position = checkpoint.position_of(start) if start else Position(shards=1)
         self._settle_shards(dataset, selection)
@@ -232,7 +236,8 @@ class Trainer:
         if self.position.step % self.config.training.log_every == 0 or self.position.step == self.total:
             rates = {"train/learning_rate": self.learner.adam.param_groups[0]["lr"]}
             skipped = {"train/skipped_batches": float(self.position.skipped)}
-            self.report.steps(self.position.step, rates | skipped, progress)
+            found = rates | skipped | managed_rows(self.model, self.ranks)
+            self.report.steps(self.position.step, found, progress)
         progress.advance()
 
     def _validate(self, loader: Loader) -> bool:

@@ -24,13 +24,15 @@ from features.selection import Feature, FeatureSpec, resolve
 from features.semantic_ids.errors import SidsError
 from features.table_rows import codebook_change, older_rows, refuse_other_meaning, same_numbers
 from ranker.config import HiSacConfig, TrainConfig
+from ranker.managed_collision import managed_of
 from ranker.ranks import Ranks
 from ranker.run import Run, RunError, codebooks_of, leaves
-from ranker.training import checkpoint
+from ranker.training import checkpoint, managed_state
 from ranker.training.carried_rows import Carried, Ints, Saved, carry_rows
 
 _SAME = (
-    "features", "model", "tables.dim", "tables.dims", "tables.buckets", "tasks.click", "tasks.conversion",
+    "features", "model", "tables.dim", "tables.dims", "tables.buckets", "tables.managed_collision",
+    "tasks.click", "tasks.conversion",
 )  # fmt: skip
 
 
@@ -161,8 +163,8 @@ def _has_rows(feature: Feature, older: Dataset, dataset: Dataset) -> bool:
 def _refuse_other_model(config: TrainConfig, run: Run) -> None:
     """Raise RunError where parameters or their meaning would differ, naming the features that do."""
     may = (
-        "features, model, tables.dim, dims and buckets and the tasks must be the same; seed, loader, rates, training "
-        "may differ"
+        "features, model, tables.dim, dims, buckets and managed_collision and the tasks must be the same; seed, "
+        "loader, rates, training may differ"
     )
     for place, names in config.features.model_dump().items():
         before: list[str] = getattr(run.config.features, place)
@@ -205,21 +207,27 @@ def start_from(
     saved, state = Saved(source.checkpoint), model.state_dict()
     table_states: dict[str, Any] = optimizer.state_dict()["state"]
     found: dict[str, TableRows] = {}
+    managed_state.start_from(source.checkpoint, model, table_states if _keeps_table_states(config) else {})
+    managed = {table.name: table for table in managed_of(model)}
     for name, (key, feature) in _tables(resolve(config.features, dataset.manifest), state).items():
         codebook = _codebook(feature, dataset)
         older_size = int(saved.size(f"model.{key}")[0])
-        if codebook in source.reset:
+        if name in managed:
+            taken, rows = (int(x) for x in ranks.totals(*managed[name].slots.taken()))
+            found[name] = TableRows(taken, rows - taken, 0)
+        elif codebook in source.reset:
             found[name] = TableRows(0, int(state[key].size(0)) - 1, older_size - 1)
         else:
-            kept = config.warm_start.table_optimizer == "keep"
-            states = {f"optimizer.state.{key}.{n}": s for n, s in table_states.get(key, {}).items() if kept}
+            kept = table_states.get(key, {}) if _keeps_table_states(config) else {}
+            states = {f"optimizer.state.{key}.{n}": s for n, s in kept.items()}
             carried = carry_rows(
                 saved, f"model.{key}", state[key], states, _rows_of(feature, source, config, dataset, older_size),
                 config.warm_start.new_rows,
             )  # fmt: skip
             found[name] = _total(carried, older_size, ranks)
         if ranks.first:
-            log(f"table {name}: " + _told(found[name], config, codebook if codebook in source.reset else None))
+            told = _told(found[name], config, codebook if codebook in source.reset else None)
+            log(f"table {name}: {_told_of_managed(found[name]) if name in managed else told}")
     if ranks.first:
         log(f"started from {source.checkpoint}, {_kept(config)}")
     return found
@@ -263,7 +271,8 @@ def _tables(spec: FeatureSpec, state: dict[str, Any]) -> dict[str, tuple[str, Fe
     """Key in the state, and feature, of each table that is trained, by its name."""
     places = (("request", spec.request), ("candidate", spec.candidate), ("sequence", (*spec.sequence, *spec.event)))
     of_table = {f"{place}.{f.name}".replace(".", "_"): f for place, features in places for f in features}
-    keys = {key.split(".")[-2]: key for key, value in state.items() if isinstance(value, ShardedTensor)}
+    sharded = [key for key, value in state.items() if isinstance(value, ShardedTensor)]
+    keys = {key.split(".")[-2]: key for key in sharded if key.endswith(".weight")}
     return {name: (keys[name], feature) for name, feature in of_table.items()}
 
 
@@ -297,6 +306,14 @@ def _told(rows: TableRows, config: TrainConfig, reset: str | None) -> str:
         return f"{rows.new:,} rows anew ({reset!r} is another codebook), {rows.gone:,} gone"
     rule = {"unknown": "unknown's row", "random": "random", "mean": "the mean row"}[config.warm_start.new_rows]
     return f"{rows.kept:,} rows kept, {rows.new:,} new ({rule}), {rows.gone:,} gone"
+
+
+def _told_of_managed(rows: TableRows) -> str:
+    return f"{rows.kept:,} ids kept their rows, {rows.new:,} rows are nobody's"
+
+
+def _keeps_table_states(config: TrainConfig) -> bool:
+    return config.warm_start.table_optimizer == "keep"
 
 
 def _kept(config: TrainConfig) -> str:
