@@ -47,8 +47,10 @@ class HeldRows(nn.Module):
         Args:
             ids: `[n]` of any order, NOBODY's among them; rows: `[n]`; fallback: `[ranks]`, each rank's.
         """
-        order = torch.argsort(ids, stable=True)[: max(int((ids != NOBODY).sum()), 1)]
-        device = self.ids.device
+        ids, rows = ids[ids != NOBODY], rows[ids != NOBODY]
+        if ids.numel() == 0:  # there must be something to search
+            ids, rows = torch.full_like(fallback[:1], NOBODY), fallback[:1]
+        order, device = torch.argsort(ids), self.ids.device
         self.ids, self.rows, self.fallback = (x.to(device) for x in (ids[order], rows[order], fallback))
         self.of_rank = torch.full_like(self.of_rank, -(-self.size // fallback.numel()))
 

@@ -181,7 +181,8 @@ class ManagedRows(nn.Module):
         started = torch.empty_like(weights[rows])
         self._start(started)
         weights[rows] = started
-        for state in kernel.split_optimizer_states()[int(index)]:
+        states: list[list[Tensor]] = kernel.split_optimizer_states()  # none at all of plain SGD
+        for state in states[int(index)] if states else []:
             state[rows] = 0
 
 

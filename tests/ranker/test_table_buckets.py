@@ -177,3 +177,8 @@ def test_a_feature_without_a_table_is_refused_by_name(config_of: ConfigOf):
 def test_no_buckets_are_refused(config_of: ConfigOf):
     with pytest.raises(ConfigError, match=r"tables\.buckets: item: 0 rows; must be at least 1"):
         config_of("tables.buckets={item: 0}")
+
+
+def test_another_number_of_buckets_is_another_model(config_of: ConfigOf, trained: Path):
+    with pytest.raises(RunError, match=r"tables\.buckets.*, but .* was trained with"):
+        Run(trained).go_on_with(config_of("training.epochs=4", "tables.buckets={item: 7}"))
