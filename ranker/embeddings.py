@@ -168,7 +168,7 @@ class Tables(nn.Module):
                 bags[key] = found[key]
         for i, table in enumerate(self.managed_request):
             key = self._request_managed[i]
-            bags[key] = pooled(table(request)[key], self._request_means[i])
+            bags[key] = pooled(table(with_an_empty_list(request))[key], self._request_means[i])
         if len(self._request_keys) > 0:
             # by key: side by side as they come, they are in the order of the sharding plan
             of_request = torch.cat([bags[key] for key in self._request_keys], 1)
@@ -179,7 +179,7 @@ class Tables(nn.Module):
                 bags[key] = found[key]
         for i, table in enumerate(self.managed_candidate):
             key = self._candidate_managed[i]
-            bags[key] = pooled(table(candidate)[key], self._candidate_means[i])
+            bags[key] = pooled(table(with_an_empty_list(candidate))[key], self._candidate_means[i])
         if len(self._candidate_keys) > 0:
             of_candidate = torch.cat([bags[key] for key in self._candidate_keys], 1)
         return Embedded(of_request, of_candidate, event, target, torch.cat(content, 1))
@@ -216,15 +216,22 @@ def _of_history(name: str) -> list[str]:
 
 
 @torch.fx.wrap
+def with_an_empty_list(ids: KeyedJaggedTensor) -> KeyedJaggedTensor:
+    """The same ids, and of each key an empty list after its others: TorchRec's EmbeddingCollection does not take a
+    stride of 0, as of a request without candidates."""
+    lengths = ids.lengths().view(len(ids.keys()), -1)
+    return KeyedJaggedTensor(ids.keys(), ids.values(), lengths=torch.nn.functional.pad(lengths, [0, 1]).flatten())
+
+
+@torch.fx.wrap
 def pooled(rows: JaggedTensor, mean: bool) -> Tensor:
-    """The sum, or the mean, of each list's rows: `[stride, d]`, zero of none."""
+    """The sum, or the mean, of each list's rows, the last list left out: `[stride, d]`, zero of none."""
     values, lengths = rows.values(), rows.lengths().long()
-    of = torch.repeat_interleave(
-        torch.arange(lengths.size(0), device=values.device), lengths, output_size=values.size(0)
-    )
+    lists = torch.arange(lengths.size(0), device=values.device)
+    of = torch.repeat_interleave(lists, lengths, output_size=values.size(0))
     total = torch.zeros([lengths.size(0), values.size(1)], device=values.device, dtype=values.dtype)
     total = total.index_add(0, of, values)
-    return total / lengths.clamp(min=1).unsqueeze(1) if mean else total
+    return (total / lengths.clamp(min=1).unsqueeze(1) if mean else total)[:-1]
 
 
 def _content_table(feature: Feature, device: torch.device | None) -> EmbeddingCollection:

@@ -83,6 +83,10 @@ class Slots(MCHManagedCollisionModule):
             assert self.renew is not None
             self.renew(rows - self._output_global_offset)
 
+    def divide(self, ranks: int) -> None:
+        """Before it is planned: into as many ranges of ids, of which TorchRec wants each rank to have as many."""
+        self._buckets = ranks
+
     def counted(self) -> tuple[float, float]:
         """Ids read, and those without a row, since the last time."""
         found = float(self.read), 0.0 if self.missed is None else float(self.missed)

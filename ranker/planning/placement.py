@@ -22,6 +22,7 @@ from torchrec.distributed.planner.types import PlannerError, PlannerErrorType, S
 from torchrec.distributed.types import ModuleSharder, ShardingPlan
 
 from ranker.config import TablesConfig
+from ranker.managed_collision import managed_of
 from ranker.planning.cluster import Cluster
 from ranker.planning.constraints import ShardingError, allowed_types, constraints_of
 from ranker.planning.misfit import Room, impossible, no_way, room_of
@@ -101,6 +102,8 @@ def place(model: nn.Module, config: TablesConfig, cluster: Cluster, reads: Reads
     constraints = constraints_of(tables, config, cluster, reads)
     topology = cluster.topology()
     room = room_of(model, config, cluster, reads)
+    for managed in managed_of(model):
+        managed.slots.divide(cluster.ranks)
     kept: list[ShardingOption] = []
 
     def keep(options: list[ShardingOption]) -> list[ShardingOption]:

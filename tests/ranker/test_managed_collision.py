@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torchrec.modules.embedding_configs import EmbeddingConfig
-from torchrec.sparse.jagged_tensor import JaggedTensor
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from features.batch import RequestBatch
 from features.config_file import ConfigError
@@ -27,7 +27,7 @@ from features.errors import UserError
 from features.progress import Progress
 from features.selection import resolve
 from ranker.config import ManagedCollisionConfig, TrainConfig
-from ranker.embeddings import pooled
+from ranker.embeddings import pooled, with_an_empty_list
 from ranker.evaluate import evaluate, restore
 from ranker.evaluation.predict import scoring_loader, selection_of
 from ranker.export import export
@@ -144,13 +144,18 @@ def test_held_rows_are_those_of_a_dictionary(owners: dict[int, int], asked: list
     assert torch.jit.script(other).row_of(torch.tensor(asked, dtype=torch.int64)).tolist() == expected
 
 
-@given(st.lists(st.lists(st.integers(-4, 4), max_size=3), max_size=5))
-def test_rows_are_pooled_list_by_list(lists: list[list[int]]):
-    values = torch.tensor([[x, 2.0 * x] for row in lists for x in row]).view(-1, 2)
-    rows = JaggedTensor(values, lengths=torch.tensor([len(row) for row in lists], dtype=torch.int32))
+@given(st.lists(st.lists(st.integers(1, 9), max_size=3), max_size=5))
+def test_ids_are_pooled_list_by_list(lists: list[list[int]]):
+    """Of no list, too."""
+    ids = torch.tensor([id for row in lists for id in row], dtype=torch.int64)
+    lengths = torch.tensor([len(row) for row in lists], dtype=torch.int32)
+    more = with_an_empty_list(KeyedJaggedTensor(["f"], ids, lengths=lengths))
+    assert more.stride() == len(lists) + 1
+    rows = torch.stack([more.values(), 2 * more.values()], 1).float()
     for mean in (False, True):
         expected = [sum(row) / (max(len(row), 1) if mean else 1) for row in lists]
-        torch.testing.assert_close(pooled(rows, mean), torch.tensor([[x, 2 * x] for x in expected]).view(-1, 2))
+        found = pooled(JaggedTensor(rows, lengths=more.lengths()), mean)
+        torch.testing.assert_close(found, torch.tensor([[x, 2 * x] for x in expected]).view(-1, 2))
 
 
 def test_the_ids_met_most_often_have_rows_and_the_last_row_is_nobodys(trainer: Callable[..., Trainer]):
