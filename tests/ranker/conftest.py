@@ -120,6 +120,16 @@ def dataset(once: Once) -> Path:
     return once("dataset", lambda out: prepared(LOGS, out, out))
 
 
+@pytest.fixture(scope="session")
+def open_ids(once: Once) -> Path:
+    """The same, with users, items, categories, positions and actions hashed so that none share a bucket."""
+    columns = {"item: {category: {}": "1000000", "candidate: {position: {}": "1000", "event: {action: {}": "1000"}
+    text = LOGS + "user_hash_buckets: 2000000000\nitem_hash_buckets: 2000000000\n"
+    for column, buckets in columns.items():
+        text = text.replace(column, column.replace("{}", f"{{hash_buckets: {buckets}}}"))
+    return once("open_ids", lambda out: prepared(text, out, out))
+
+
 def sids_config(**changes: object) -> SidsConfig:
     """Codes from behaviour: the small logs have nothing else."""
     base = {

@@ -1,13 +1,12 @@
 """Rows of ids without end: who has one, who loses it, and that evaluation and export read what training taught.
 
-Training is for GPUs. TorchRec's modules run on CPUs too, so that our own refusal is all that these tests take away.
+See :mod:`tests.ranker.managed_tables` for how they train here.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,47 +32,25 @@ from ranker.evaluation.predict import scoring_loader, selection_of
 from ranker.export import export
 from ranker.held_rows import NOBODY, HeldRows
 from ranker.managed_collision import ManagedRows, managed_of
-from ranker.planning import constraints
 from ranker.planning.constraints import ShardingError
 from ranker.ranks import join_ranks
 from ranker.run import Run
 from ranker.training.source import ReadWhenAsked
 from ranker.training.trainer import Trainer, train
-from tests.ranker.conftest import LOGS, prepared
+from tests.ranker.managed_tables import TABLES, on_cpus
 
 ConfigOf = Callable[..., TrainConfig]
 Read = Callable[[Path], dict[str, Tensor]]
 Scalars = Callable[[Path], dict[str, dict[int, float]]]
-HASHED = LOGS.replace("item: {category: {}", "item: {category: {hash_buckets: 1000000}").replace(
-    "candidate: {position: {}}", "candidate: {position: {hash_buckets: 1000}}"
-)
-TABLES = (
-    "tables.managed_collision={user: {rows: 150, eviction: lru, every: 4}, item: {rows: 30, every: 3}, "
-    "item.category: {rows: 4, every: 5}, candidate.position: {rows: 5, eviction: lfu, every: 2}}"
-)
 OPTIONS = (TABLES, "training.max_steps=11", "training.validation_split=null", "training.log_every=1")
+BESIDE = "tables.managed_collision={user: {rows: 50, every: 2}, item: {rows: 30, every: 3, eviction: lfu}}"
 LONG = "model.long=[{type: mean}]"
 
 
-@contextmanager
-def on_cpus() -> Generator[None]:
-    """Let managed tables be trained here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(constraints, "refuse_managed_on_cpus", lambda table, device: None)
-        yield
-
-
 @pytest.fixture(scope="module")
-def hashed(once: Callable[..., Path]) -> Path:
-    """The small logs with users, items, categories and positions hashed so that none share a hash."""
-    ids = "user_hash_buckets: 2000000000\nitem_hash_buckets: 2000000000\n"
-    return once("open", lambda out: prepared(HASHED + ids, out, out))
-
-
-@pytest.fixture(scope="module")
-def managed(config_of: ConfigOf, hashed: Path) -> ConfigOf:
+def managed(config_of: ConfigOf, open_ids: Path) -> ConfigOf:
     """The small model with managed tables at every place."""
-    return lambda *options: config_of(f"dataset={hashed}", *OPTIONS, *options)
+    return lambda *options: config_of(f"dataset={open_ids}", *OPTIONS, *options)
 
 
 @pytest.fixture(scope="module")
@@ -88,12 +65,12 @@ def run(once: Callable[..., Path], managed: ConfigOf) -> Path:
 
 
 @pytest.fixture
-def trainer(managed: ConfigOf, hashed: Path) -> Generator[Callable[..., Trainer]]:
+def trainer(managed: ConfigOf, open_ids: Path) -> Generator[Callable[..., Trainer]]:
     """A trainer that has trained some batches."""
     with join_ranks("cpu", 1) as ranks, on_cpus():
 
         def trained(batches: int, *options: str) -> Trainer:
-            made = Trainer(managed(*options), Dataset(hashed), {}, ranks)
+            made = Trainer(managed(*options), Dataset(open_ids), {}, ranks)
             source = ReadWhenAsked(made.loader.batches(), ranks.device)
             for _ in range(batches):
                 made.step(source, 1, Progress("train", 1, shown=False))
@@ -222,13 +199,16 @@ def test_validation_lets_nobody_in_or_out(managed: ConfigOf, run: Path, tmp_path
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_what_is_restored_scores_as_the_model_that_was_trained(managed: ConfigOf, hashed: Path, tmp_path: Path):
+@pytest.mark.parametrize("options", [(), (BESIDE, "tables.buckets={item.category: {rows: 7, hashes: 2}}")])
+def test_what_is_restored_scores_as_the_model_that_was_trained(
+    options: tuple[str, ...], managed: ConfigOf, open_ids: Path, tmp_path: Path
+):
     """To the last bit, by ids that have rows and ids that have none."""
-    config = managed(LONG)
+    config = managed(LONG, "tables.dims={user: 12, item: 16}", *options)
     batches = batches_of(config, 6)
     with join_ranks("cpu", 1) as ranks, on_cpus():
-        trainer = Trainer(config, Dataset(hashed), {}, ranks)
-        Run.create(tmp_path / "run", config, Dataset(hashed), {}, 1)
+        trainer = Trainer(config, Dataset(open_ids), {}, ranks)
+        Run.create(tmp_path / "run", config, Dataset(open_ids), {}, 1)
         trainer.fit(tmp_path / "run")
         trainer.model.eval()
         expected = [trainer.model(batch).logits.detach() for batch in batches]

@@ -23,9 +23,8 @@ from ranker.planning.constraints import ShardingError
 from ranker.ranks import join_ranks
 from ranker.run import Run
 from ranker.training.trainer import train
-from tests.ranker.conftest import prepared
+from tests.ranker.managed_tables import TABLES, on_cpus
 from tests.ranker.started_ranks import keep_one_process_group, run_ranks_to_the_end
-from tests.ranker.test_managed_collision import HASHED, TABLES, on_cpus
 
 ConfigOf = Callable[..., TrainConfig]
 Read = Callable[[Path], dict[str, Tensor]]
@@ -55,16 +54,10 @@ def scenarios(config: Path, dataset: Path, out: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def hashed(once: Callable[..., Path]) -> Path:
-    ids = "user_hash_buckets: 2000000000\nitem_hash_buckets: 2000000000\n"
-    return once("open", lambda out: prepared(HASHED + ids, out, out))
-
-
-@pytest.fixture(scope="module")
-def runs(once: Callable[..., Path], config_file: Path, hashed: Path) -> Path:
+def runs(once: Callable[..., Path], config_file: Path, open_ids: Path) -> Path:
     def make(out: Path) -> None:
         out.mkdir()
-        run_ranks_to_the_end(2, "tests.ranker.training.test_managed_ranks", str(config_file), str(hashed), str(out))
+        run_ranks_to_the_end(2, "tests.ranker.training.test_managed_ranks", str(config_file), str(open_ids), str(out))
 
     return once("managed ranks", make)
 
@@ -80,7 +73,7 @@ def test_one_process_reads_what_two_ranks_have_taught(runs: Path, tmp_path: Path
     assert export(runs / "run", tmp_path / "export", requests=100) <= 1e-6
 
 
-def test_each_rank_has_rows_for_the_ids_of_its_range(runs: Path, hashed: Path):
+def test_each_rank_has_rows_for_the_ids_of_its_range(runs: Path, open_ids: Path):
     with join_ranks("cpu", 1) as ranks:
         model = restore(Run(runs / "run"), ranks)
         tables = [module for module in model.modules() if isinstance(module, HeldRows)]
@@ -114,9 +107,9 @@ def test_two_ranks_start_the_next_day_where_the_day_before_ended(runs: Path, rea
     assert all(torch.equal(before[name], after[name]) for name in managed)
 
 
-def test_other_ranks_are_refused(runs: Path, hashed: Path, config_of: ConfigOf, tmp_path: Path):
+def test_other_ranks_are_refused(runs: Path, open_ids: Path, config_of: ConfigOf, tmp_path: Path):
     message = r"tables\.managed_collision: which id of \w+ has .* divided among 2 ranks.* are 1; train on with 2"
-    config = config_of(f"dataset={hashed}", *OPTIONS, *STEPS, "training.max_steps=9")
+    config = config_of(f"dataset={open_ids}", *OPTIONS, *STEPS, "training.max_steps=9")
     with on_cpus(), pytest.raises(UserError, match=message):
         train(config, runs / "run", resume=True)
     warm = config.model_copy(update={"warm_start": config.warm_start.model_copy(update={"run": runs / "run"})})
