@@ -2,8 +2,9 @@
 
 An id comes to a row of its own by being met: every so many batches, each rank counts the ids it has met since, of those
 whose rows it holds, and lets the most worth keeping have rows; those of ids that are worth less are taken from them,
-start anew and forget their optimizer's state. An id without a row reads the last row of its rank. Ids 0 (missing, or
-dropped) are an id like others. In evaluation nothing is let in or out.
+start anew and forget their optimizer's state. An id without a row reads the last row of its rank. Id 0, a missing or
+dropped one, is an id like others. In evaluation nothing is let in or out. A batch that is skipped, as its loss is not
+finite, changes no number, but its ids have been met.
 
 Ids are divided among ranks by ranges, which hashes fill evenly and indices of a vocabulary, the frequent ones first, do
 not; nor do those mean the same on the next day. So only features with `hash_buckets` can be managed.
@@ -117,9 +118,9 @@ class Slots(MCHManagedCollisionModule):
         """The inverse of :meth:`history`, after the state was loaded."""
         count = history["ids"].numel()
         self._make_room(count)
-        self._history_accumulator[:count] = history["ids"]
+        self._history_accumulator[:count] = history["ids"].to(self.device)
         for name, buffer in self._history_metadata.items():
-            buffer[:count] = history[name]
+            buffer[:count] = history[name].to(self.device)
         self._current_history_buffer_offset = count
         self._current_iter = int(self._current_iter_tensor)  # type: ignore[call-overload]
         self._last_eviction_iter = self._current_iter - int(history["since"])

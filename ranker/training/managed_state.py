@@ -38,22 +38,15 @@ def refuse_other_ranks(path: Path, model: nn.Module) -> None:
 
 
 def go_on_from(path: Path, model: nn.Module) -> None:
-    """The same of a checkpoint, after the model's state was loaded."""
+    """Give slots the ids that they had met when a checkpoint was written; after the model's state was loaded."""
     if not (tables := managed_of(model)):
         return
-    read = _Sizes(path)
-    names = {managed.name: f"{managed.name}/{dist.get_rank()}" for managed in tables}
-    found = {
-        name: {
-            part: torch.empty(read.size(f"histories.{name}.{part}"), dtype=torch.int64)
-            for part in managed.slots.history()
-        }
-        for managed in tables
-        if (name := names[managed.name])
-    }
-    dcp.load({"histories": found}, checkpoint_id=path)
-    for managed in tables:
-        history = {part: x.to(managed.slots.device) for part, x in found[names[managed.name]].items()}
+    read, mine = _Sizes(path), histories(model)
+    for name, history in mine.items():
+        for part in history:
+            history[part] = torch.empty(read.size(f"histories.{name}.{part}"), dtype=torch.int64)
+    dcp.load({"histories": mine}, checkpoint_id=path)
+    for managed, history in zip(tables, mine.values(), strict=True):
         managed.slots.go_on_from(history)
 
 
@@ -80,23 +73,16 @@ def hold(model: nn.Module, path: Path) -> None:
     """Let a ranker's tables hold the rows of ids of a checkpoint."""
     for name, module in model.named_modules():
         if isinstance(module, HeldRows):
-            _hold(
-                module,
-                f"model.{name.removeprefix('_dmp_wrapped_module.module.').removeprefix('_dmp_wrapped_module.')}",
-                path,
-            )
+            _hold(module, name[name.index("tables.") :], path)  # without what wraps the ranker
 
 
 def _hold(held: HeldRows, name: str, path: Path) -> None:
     read, own = _Sizes(path), f"{name}.{_SLOTS}.{held.name}"
-    keys = {"ids": f"{own}._mch_sorted_raw_ids", "rows": f"{own}._mch_remapped_ids_mapping"}
-    whole: dict[str, Any] = {key: torch.empty(read.size(key), dtype=torch.int64) for key in keys.values()}
-    nested = {key.removeprefix("model."): x for key, x in whole.items()}
-    dcp.load({"model": nested}, checkpoint_id=path)
-    ends = [offset + size - 1 for offset, size in read.shards(keys["ids"])]
-    held.hold(
-        nested[keys["ids"].removeprefix("model.")], nested[keys["rows"].removeprefix("model.")], torch.tensor(ends)
-    )
+    ids, rows = f"{own}._mch_sorted_raw_ids", f"{own}._mch_remapped_ids_mapping"
+    whole = {key: torch.empty(read.size(f"model.{key}"), dtype=torch.int64) for key in (ids, rows)}
+    dcp.load({"model": whole}, checkpoint_id=path)
+    last = [first + count - 1 for first, count in read.shards(f"model.{ids}")]
+    held.hold(whole[ids], whole[rows], torch.tensor(last))
 
 
 class _Sizes:

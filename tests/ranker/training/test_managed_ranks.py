@@ -42,6 +42,9 @@ def scenarios(config: Path, dataset: Path, out: Path) -> None:
     keep_one_process_group()
     with on_cpus():
         train(config_of(), out / "run")
+        report = evaluate(out / "run", "valid")
+        if report is not None:
+            (out / "auc").write_text(str(report.model["ctr"].auc))
         train(config_of("training.max_steps=5"), out / "resumed")
         train(config_of(), out / "resumed", resume=True)
         train(config_of(f"warm_start.run={out / 'run'}", "training.max_steps=0"), out / "next")
@@ -69,6 +72,7 @@ def test_one_process_reads_what_two_ranks_have_taught(runs: Path, tmp_path: Path
     assert report is not None
     validated = found["valid/ctr/auc"]
     assert report.model["ctr"].auc == pytest.approx(validated[max(validated)], abs=1e-6)
+    assert report.model["ctr"].auc == pytest.approx(float((runs / "auc").read_text()), abs=1e-6)  # by both
     assert found["managed/sequence_item/known"][8] > 0.5
     assert export(runs / "run", tmp_path / "export", requests=100) <= 1e-6
 
