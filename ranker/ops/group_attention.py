@@ -28,6 +28,8 @@ def group_attention(q: Tensor, offsets: Tensor, k: Tensor, v: Tensor, size: Tens
     tiles = tiles_of(offsets, elements=q.size(0))
     without = size.isneginf().all(1, keepdim=True)  # [R, 1, h]
     size = of_tiles(size.masked_fill(without, 0.0), tiles).transpose(1, 2).unsqueeze(2)
-    logits = torch.einsum("twhd,tkhd->thwk", in_tiles(q / math.sqrt(q.size(2)), tiles), of_tiles(k, tiles)) + size
-    out = torch.einsum("thwk,tkhv->twhv", torch.softmax(logits, 3), of_tiles(v, tiles))
+    # no einsum: of one head it makes products that compilers cannot size
+    q = in_tiles(q / math.sqrt(q.size(2)), tiles).transpose(1, 2)  # [t, h, w, d]
+    k, v = of_tiles(k, tiles).transpose(1, 2), of_tiles(v, tiles).transpose(1, 2)  # [t, h, K, d]
+    out = torch.matmul(torch.softmax(torch.matmul(q, k.transpose(2, 3)) + size, 3), v).transpose(1, 2)
     return out_of_tiles(out.masked_fill(of_tiles(without, tiles).unsqueeze(3), 0.0).flatten(2), tiles)
