@@ -19,7 +19,7 @@ from ranker.export.compiled import Compiling, Package
 from ranker.export.manifest import write_manifest
 from ranker.export.parity import compare, refuse_differences
 from ranker.export.restored import unsharded
-from ranker.export.ways import modules_of, ways_through, write_packages, write_scripted
+from ranker.export.ways import modules_of, ways_through, without_wrong_packages, write_packages, write_scripted
 from ranker.ranks import Ranks, join_ranks
 from ranker.run import Run, refuse_existing
 from ranker.towers import esmm_probabilities
@@ -84,6 +84,8 @@ def _export(run: Run, folder: Path, requests: int, compiling: Compiling) -> floa
             ),
             min(requests, sum(info.requests for info in dataset.manifest.splits.values())),
         )
+        if compiling == "try":
+            ways, packages, parity = without_wrong_packages(ways, packages, parity, folder)
         refuse_differences(parity)
     files = [file for way in ways for file in way.files]
     write_manifest(folder, run, checkpoint, selection, files, parity, packages)

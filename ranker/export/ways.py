@@ -4,6 +4,7 @@ compiled packages."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +30,7 @@ from ranker.export.inputs import (
     without_history,
 )
 from ranker.export.pair import CandidateRanker, UserEncoder
-from ranker.export.parity import Score, Way
+from ranker.export.parity import Parity, Score, Way
 from ranker.export.quantised import ALLOWED, ALLOWED_AUC
 from ranker.export.whole import ServedRanker
 from ranker.model import Ranker
@@ -139,6 +140,33 @@ def ways_through(
     if made & set(names):
         ways.append(Way("compiled pair", *both(names[0], names[1])))
     return ways
+
+
+def without_wrong_packages(
+    ways: Sequence[Way], packages: Sequence[Package], parity: Parity, folder: Path
+) -> tuple[list[Way], list[Package], Parity]:
+    """What is left where ways through packages score otherwise than is allowed: their packages are removed, and it is
+    said why.
+
+    Their samples were right: a method that chooses, such as the nearest of some centres, may choose otherwise where
+    rounding decides.
+    """
+    wrong: dict[str, str] = {}
+    for way in ways:
+        found = parity.ways[way.name]
+        compiled = [file.name for file in way.files if file.name.endswith(".pt2")]
+        if compiled and not found.greatest_difference <= found.allowed:
+            reason = f"scores differ by {found.greatest_difference:.2e} (allowed {found.allowed:.0e})"
+            wrong |= dict.fromkeys(compiled, reason)
+    for name, reason in wrong.items():
+        (folder / name).unlink()
+        log(f"no {name}: {reason}")
+    left = [way for way in ways if not wrong.keys() & {file.name for file in way.files}]
+    return (
+        left,
+        [replace(package, reason=wrong.get(package.name, package.reason)) for package in packages],
+        replace(parity, ways={way.name: parity.ways[way.name] for way in left}),
+    )
 
 
 def through_pair(

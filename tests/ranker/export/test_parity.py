@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from torch import Tensor
 
 from features.batch import RequestBatch
 from ranker.export import ExportError
+from ranker.export.compiled import Package
 from ranker.export.inputs import File
 from ranker.export.parity import Parity, Way, compare, refuse_differences
+from ranker.export.ways import without_wrong_packages
 from tests.ranker.export.conftest import Exported
 
 FILES = (File("other.pt", "ranker"),)
@@ -119,3 +122,25 @@ def test_the_trainer_scores_each_batch_once(batch: RequestBatch):
 
     compare(counted, [Way(name, trainer, FILES) for name in "abc"], [("test", [batch, batch])], 10_000)
     assert calls == [batch.requests] * 2
+
+
+def test_packages_that_score_otherwise_are_left_out(
+    batch: RequestBatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    whole = File("ranker.pt2", "ranker")
+    pair = File("user_encoder.pt2", "user_encoder"), File("candidate_ranker.pt", "candidate_ranker")
+    ways = [
+        Way("ranker", trainer, FILES),
+        Way("compiled ranker", moved(5e-6), (whole,)),
+        Way("compiled pair", moved(1e-4), pair),
+    ]
+    packages = [Package("user_encoder.pt2", (), None, 20.0), Package("ranker.pt2", (), None, 20.0)]
+    for name in ("candidate_ranker.pt", *(package.name for package in packages)):
+        (tmp_path / name).touch()
+    left, kept, parity = without_wrong_packages(ways, packages, of(batch, *ways), tmp_path)
+    refuse_differences(parity)
+    assert [way.name for way in left] == list(parity.ways) == ["ranker", "compiled ranker"]
+    assert {path.name for path in tmp_path.iterdir()} == {"candidate_ranker.pt", "ranker.pt2"}
+    assert kept[1] == packages[1]
+    assert "scores differ by 1.0" in str(kept[0].as_json()["left_out_because"])
+    assert "no user_encoder.pt2: scores differ by 1.0" in capsys.readouterr().err
