@@ -165,7 +165,11 @@ class TablesConfig(Strict):
         for name, asked in tables.items():
             if isinstance(asked, int) and asked < 2:
                 raise ValueError(f"{name}: {asked} rows; must be at least 2, one of them for ids without a row")
-        return tables
+        # as blocks, so that a run's config says the same however it was written
+        return {
+            name: ManagedCollisionConfig(rows=asked) if isinstance(asked, int) else asked
+            for name, asked in tables.items()
+        }
 
     @model_validator(mode="after")
     def _managed_alone(self) -> TablesConfig:
@@ -189,7 +193,8 @@ class TablesConfig(Strict):
     def managed_of(self, feature: str) -> ManagedCollisionConfig | None:
         """What `managed_collision` says of a feature."""
         asked = self.managed_collision.get(feature)
-        return ManagedCollisionConfig(rows=asked) if isinstance(asked, int) else asked
+        assert not isinstance(asked, int)
+        return asked
 
 
 class DinConfig(Strict):

@@ -4,7 +4,7 @@ An id comes to a row of its own by being met: every so many batches, each rank c
 whose rows it holds, and lets the most worth keeping have rows; those of ids that are worth less are taken from them,
 start anew and forget their optimizer's state. An id without a row reads the last row of its rank. Id 0, a missing or
 dropped one, is an id like others. In evaluation nothing is let in or out. A batch that is skipped, as its loss is not
-finite, changes no number, but its ids have been met.
+finite, teaches nothing, but its ids have been met, and may have got rows, which start anew.
 
 Ids are divided among ranks by ranges, which hashes fill evenly and indices of a vocabulary, the frequent ones first, do
 not; nor do those mean the same on the next day. So only features with `hash_buckets` can be managed.
@@ -209,6 +209,8 @@ def refuse_unmanageable(config: TablesConfig, spec: FeatureSpec, manifest: Manif
         where, asked = f"tables.managed_collision.{name}", config.managed_of(name)
         if name not in sizes or asked is None:
             continue  # told where tables are made
+        if manifest.codebooks_behind([name]):
+            raise UserError(f"{where}: semantic IDs have a row for each code; leave it out")
         if manifest.hashed(name) is None:
             raise UserError(
                 f"{where}: ids of {name} have a vocabulary, with a row for each; set hash_buckets (user_hash_buckets, "

@@ -29,6 +29,10 @@ class _Outcome(NamedTuple):
     of_user: bool = False
 
 
+_OF_GLOO = ("gloo/", "Application timeout caused pair closure")
+"""what errors of its collectives say"""
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process among the others, and its device."""
@@ -113,8 +117,8 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            # gloo's own errors have no type, but name the file of gloo that they come from
-            if isinstance(error, dist.DistError) or "gloo/" in str(error):
+            # gloo's own errors have no type, but most name the file of gloo that they come from
+            if isinstance(error, dist.DistError) or any(words in str(error) for words in _OF_GLOO):
                 raise RuntimeError(
                     f"rank {self.rank} of {self.world}, {where()}: another rank died, or did not come within "
                     f"{self.timeout_s:g} s (training.collective_timeout_s); its own log says why"

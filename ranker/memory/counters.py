@@ -6,7 +6,7 @@ import threading
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -61,6 +61,7 @@ class MemoryCounters:
     def read(self, seconds: float, read: Read) -> None:
         """Count a read that took so long."""
         now_ms = time.time_ns() // 1_000_000
+        aged = [_ages_of(times, now_ms) for times in read.as_of if len(times)]
         with self._lock:
             self._timed(seconds)
             for block, (of_block, unavailable) in read.outcomes.items():
@@ -71,11 +72,10 @@ class MemoryCounters:
                     self._records[block, "unavailable"] += unavailable
             if read.reason:
                 self._failures[read.reason] += 1
-            for times in read.as_of:
-                for as_of_ms, count in _counted(times):
-                    age_ms = max(now_ms - as_of_ms, 0)
-                    self._ages[bisect_left(_AGES_MS, age_ms)] += count
-                    self._age_seconds += count * age_ms / 1_000
+            for counts, age_seconds in aged:
+                for bucket, count in counts:
+                    self._ages[bucket] += count
+                self._age_seconds += age_seconds
             self._generation = read.generation
 
     def error(self, seconds: float, unavailable: dict[int, int]) -> bool:
@@ -115,13 +115,15 @@ class MemoryCounters:
             }
 
 
-def _counted(times: I64) -> Iterable[tuple[int, int]]:
-    """The distinct ones, and how often each is there; most often there is but one."""
+def _ages_of(times: I64, now_ms: int) -> tuple[list[tuple[int, int]], float]:
+    """How many ages of records fall into which bucket, and their sum in seconds; most often all are of one time."""
     raw = times.tobytes()
     if raw == raw[:8] * len(times):
-        return [(int(times[0]), len(times))] if len(times) else []
-    distinct, counts = np.unique(times, return_counts=True)
-    return zip(distinct.tolist(), counts.tolist(), strict=True)
+        age_ms = max(now_ms - int(times[0]), 0)
+        return [(bisect_left(_AGES_MS, age_ms), len(times))], len(times) * age_ms / 1_000
+    ages_ms = np.maximum(now_ms - times, 0)
+    counts = np.bincount(np.searchsorted(_AGES_MS, ages_ms))
+    return [(bucket, n) for bucket, n in enumerate(counts.tolist()) if n], float(ages_ms.sum(dtype=np.float64)) / 1_000
 
 
 def _histogram(name: str, edges: Sequence[float], counts: Sequence[int], total: float) -> dict[str, float]:

@@ -99,9 +99,9 @@ def _all_alike(
     """
     size = len(present[0]) if present else 0
     data = bytearray().join(present)
-    if size < HEADER_BYTES or size % 8 or len(data) != len(present) * size:
+    if size < HEADER_BYTES or size % 8 or set(map(len, present)) != {size}:
         return None
-    words = np.ndarray((len(present), size // 8), _U8, data)  # cut elsewhere, no checksum would be right
+    words = np.ndarray((len(present), size // 8), _U8, data)
     stated = words[:, : HEADER_BYTES // 8]
     _, start, model, codebook, _, _, lengths = stated[0].tolist()
     kind = _kind_of(start & 0xFFFFFFFF, lengths, size)

@@ -93,8 +93,8 @@ class LmdbWriter:
         removed = [name for name, value in self._pending.items() if value is None]
 
         def write(txn: lmdb.Transaction, opened: Environment) -> None:
-            # The first records fill their pages in order. Later ones go between them: in order, they would leave each
-            # page that they split half empty; as they come, pages are some 70 % full.
+            # The first records fill their pages in order. Later ones go between them: as they come, pages are about
+            # two thirds full (ln 2 in the long run); in order, they would leave each page that they split half empty.
             first = txn.stat(opened.records)["entries"] == 0
             with txn.cursor(opened.records) as cursor:
                 cursor.putmulti(sorted(records) if first else records, append=first)

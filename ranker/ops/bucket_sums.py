@@ -3,7 +3,7 @@
 :func:`ranker.ops.groups.group_sums` sums all buckets of a window, and any number of queries look theirs up. A query or
 two ask for a small part of that: here each has its own memberships, of the events of its window in its own buckets, and
 products with the events. Requests with nearly the same window share a tile, so that their events are gathered once;
-chunks of windows are worked on block by block, so that memory beside inputs and outputs is constant.
+memberships are made and used block by block. What stays in memory is some 20 bytes a pair of query and event.
 """
 
 from typing import Any

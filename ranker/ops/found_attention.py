@@ -24,7 +24,7 @@ def found_attention(q: Tensor, kv: Tensor, event: Tensor, bias: Tensor | None = 
         q: `[N, h, d]`.
         kv: `[T, h, d + dv]` keys and values side by side, which are gathered in one go.
         event: `[N, h, K]` int64, each head's own, or `[N, 1, K]`, all heads'; −1 for none.
-        bias: `[N, h, K]`.
+        bias: `[N, h, K]`, finite.
 
     Returns:
         `[N, h, dv]`; zero where none was found.

@@ -76,7 +76,7 @@ def topk_windows(
         k: `[T, h, d]` keys, of any type. Windows may overlap.
         start, end: `[R]` int64.
         top: K.
-        bias: `[P, h]` of every pair (request, event), request after request.
+        bias: `[P, h]` of every pair (request, event), request after request; finite.
         places: bound on the scores in memory.
         group: neighbours that are compared by their greatest score.
 

@@ -11,6 +11,7 @@ from features.dataset import Dataset, Manifest
 from features.errors import UserError, did_you_mean
 from features.selection import FeatureSpec, resolve
 from ranker.config import TrainConfig
+from ranker.managed_collision import refuse_unmanageable
 from ranker.model import Ranker
 from ranker.planning.cluster import Cluster
 from ranker.planning.placement import Placement, place
@@ -48,7 +49,9 @@ class Question:
         Raises:
             UserError: a config that does not fit the dataset.
         """
-        model = build(self._spec(), self.config, {}, codewords_of(self.config, self.dataset))
+        spec = self._spec()
+        refuse_unmanageable(self.config.tables, spec, grown(self.dataset.manifest, self.rows))
+        model = build(spec, self.config, {}, codewords_of(self.config, self.dataset))
         declare_optimizers(model, self.config.tables)
         return model
 

@@ -179,7 +179,8 @@ def _refuse_other_model(config: TrainConfig, run: Run) -> None:
     old, new = leaves(run.config.model_dump(mode="json")), leaves(config.model_dump(mode="json"))
     for key in old | new:
         was, is_now = old.get(key), new.get(key)
-        if was != is_now and {} not in (was, is_now) and key.startswith(_SAME):  # what {} lacks has a key of its own
+        # what {} lacks has a key of its own
+        if was != is_now and {} not in (was, is_now) and key.startswith(_SAME) and not _may_change(key):
             raise RunError(f"{key}: {is_now!r}, but {run.root} has {was!r}; {may}")
     if config.tables.optimizer != run.config.tables.optimizer and config.warm_start.table_optimizer == "keep":
         raise RunError(
@@ -310,6 +311,11 @@ def _told(rows: TableRows, config: TrainConfig, reset: str | None) -> str:
 
 def _told_of_managed(rows: TableRows) -> str:
     return f"{rows.kept:,} ids kept their rows, {rows.new:,} rows are nobody's"
+
+
+def _may_change(key: str) -> bool:
+    """Whether it is how often managed tables let ids in, which changes nothing of what they hold."""
+    return key.startswith("tables.managed_collision.") and key.endswith(".every")
 
 
 def _keeps_table_states(config: TrainConfig) -> bool:

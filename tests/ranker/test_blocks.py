@@ -20,6 +20,7 @@ from ranker.blocks import compresses, per_probe
 from ranker.config import TrainConfig
 from ranker.evaluation.predict import scoring_loader, selection_of
 from ranker.export import export, inputs_of
+from ranker.longseq.groups.sdim import SDIM
 from ranker.model import Ranker
 from ranker.ranks import Ranks
 from ranker.run import Run, codewords_of
@@ -187,6 +188,20 @@ def test_auxiliary_losses_are_of_training_alone(config_of: ConfigOf, coded: Path
     single = [built(config_of(*options_of(coded, block))).train() for block in (UXSID, NEXT)]
     assert all(float(one(batch).auxiliary) > 0 for one in single)
     assert float(both) > 0
+
+
+def test_the_short_way_for_few_candidates_is_of_training_alone(
+    config_of: ConfigOf, coded: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = config_of(*options_of(coded, "{type: sdim, hashes: 16, bits: 6}"))  # 1,024 buckets a request
+    batch, model = batches_of(config)[0], built(config)
+    ways: list[str] = []
+    read_few, encode = SDIM.read_few, SDIM.encode
+    monkeypatch.setattr(SDIM, "read_few", lambda *of: (ways.append("few"), read_few(*of))[1])
+    monkeypatch.setattr(SDIM, "encode", lambda *of: (ways.append("all"), encode(*of))[1])
+    trained, evaluated = model.train()(batch), model.eval()(batch)
+    assert ways == ["few", "all"]
+    torch.testing.assert_close(trained.logits, evaluated.logits, rtol=0, atol=1e-5)
 
 
 def test_a_blocks_own_prediction_of_clicks_is_of_training_alone(config_of: ConfigOf, coded: Path):

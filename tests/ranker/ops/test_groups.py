@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ranker.ops.group_attention import group_attention, log_size
 from ranker.ops.groups import group_sums, naive_group_sums, nearest_group
-from ranker.ops.simhash import hash_buckets, random_planes
+from ranker.ops.simhash import hash_buckets, hash_signs, random_planes
 from tests.ranker.histories import EDGES, Shape, assert_same, shape, shapes
 
 any_shape = st.one_of(shapes(longest=20), st.sampled_from(list(EDGES.values())))
@@ -110,6 +110,17 @@ def test_attention_to_groups_equals_the_loop(batch: Shape, k: int, by_head: bool
                 )
             rows.append(torch.cat(parts).unsqueeze(0))
     assert_same(found, torch.cat(rows), [q, keys, v, count])
+
+
+@pytest.mark.parametrize("bits", [3, 10])
+def test_hashes_take_no_part_in_autocast(bits: int):
+    torch.manual_seed(0)
+    x, planes = torch.randn(2_000, 16), random_planes(16, 4, bits)
+    with torch.autocast("cpu", torch.bfloat16):
+        bucket, signs = hash_buckets(x, planes), hash_signs(x, planes[:, 0])
+    assert torch.equal(bucket, hash_buckets(x, planes))
+    assert torch.equal(signs, hash_signs(x, planes[:, 0]))
+    assert int(bucket.max()) == 2**bits - 1
 
 
 @given(st.integers(0, 2**31), st.floats(1e-3, 1e3))

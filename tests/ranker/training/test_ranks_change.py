@@ -18,7 +18,7 @@ from ranker.evaluate import evaluate
 from ranker.run import Run
 from ranker.training import trainer as training
 from ranker.training.trainer import train
-from tests.ranker.started_ranks import run_ranks_to_the_end
+from tests.ranker.started_ranks import keep_one_process_group, run_ranks_to_the_end
 
 OPTIONS = (
     "loader.shards=4", "loader.requests=32", "training.checkpoint_every=1", "training.keep_checkpoints=99",
@@ -33,6 +33,29 @@ def train_or_measure(config: Path, run: Path, steps: str) -> None:
         evaluate(run)
     else:
         train(load_config(config, TrainConfig, (*OPTIONS, f"training.max_steps={steps}")), run, resume=True)
+
+
+def train_without_and_with_a_break(config: Path, out: Path) -> None:
+    """One rank of those who train two runs alike, but that one stops after three steps, and is resumed."""
+    training.ensure_healthy = lambda device: None
+    keep_one_process_group()
+
+    def train_to(steps: int, run: str, resume: bool = False) -> None:
+        train(load_config(config, TrainConfig, (*OPTIONS, f"training.max_steps={steps}")), out / run, resume=resume)
+
+    train_to(6, "undisturbed")
+    train_to(3, "resumed")
+    train_to(6, "resumed", resume=True)
+
+
+def test_three_ranks_resume_to_the_last_bit(
+    config_file: Path, tmp_path: Path, read_checkpoint: Callable[[Path], dict[str, Tensor]]
+):
+    """Sums of three numbers depend on their order, which is to be the same in a process that starts anew."""
+    run_ranks_to_the_end(3, "tests.ranker.training.test_ranks_change", str(config_file), str(tmp_path), "break")
+    expected, found = (read_checkpoint(Run(tmp_path / name).checkpoints()[-1]) for name in ("undisturbed", "resumed"))
+    assert expected.keys() == found.keys()
+    assert [name for name, value in expected.items() if not torch.equal(value, found[name])] == []
 
 
 def test_two_then_one_then_three(
@@ -71,4 +94,7 @@ def measured(run: Path) -> dict[str, dict[str, float]]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    train_or_measure(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+    if sys.argv[3] == "break":
+        train_without_and_with_a_break(Path(sys.argv[1]), Path(sys.argv[2]))
+    else:
+        train_or_measure(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
