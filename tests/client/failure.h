@@ -1,6 +1,9 @@
 // What ends the client: a message for whoever runs it, and the exit code that a script can act on.
 #pragma once
 
+#include <c10/util/Exception.h>
+
+#include <exception>
 #include <stdexcept>
 #include <string>
 
@@ -17,3 +20,9 @@ struct Failure : std::runtime_error {
   Failure(Exit code, const std::string& message) : std::runtime_error(message), code(code) {}
   Exit code;
 };
+
+// What an exception tells whoever runs the client: without the backtrace and the places in sources that libtorch adds.
+inline std::string told(const std::exception& error) {
+  const auto* of_torch = dynamic_cast<const c10::Error*>(&error);
+  return of_torch == nullptr ? error.what() : of_torch->what_without_backtrace();
+}

@@ -56,6 +56,7 @@ class Model {
                                         "it is given, and must not be given what nobody has looked at");
     }
     network_ = package ? packaged(path) : scripted(path);
+    if (package) require_descriptions();
   }
 
   const std::string& path() const { return path_; }
@@ -81,7 +82,7 @@ class Model {
     std::string wrong;
     const auto& [tensors, dictionaries] = given->second;
     std::set<std::string> read;
-    for (const auto& [name, dictionary] : network_.arguments) {
+    for (const auto& [name, dictionary, _] : network_.arguments) {
       read.insert(name);
       if (tensors.contains(name) && dictionary) {
         wrong += "\n  " + name + ": a tensor, and the model reads a dictionary of tensors";
@@ -105,7 +106,7 @@ class Model {
   at::IValue run(const Inputs& inputs, const std::map<std::string, Named>& added = {}) {
     std::vector<at::IValue> values;
     values.reserve(network_.arguments.size());
-    for (const auto& [name, dictionary] : network_.arguments) {
+    for (const auto& [name, dictionary, _] : network_.arguments) {
       if (!dictionary) {
         values.emplace_back(inputs.tensors.at(name));
         continue;
@@ -116,12 +117,46 @@ class Model {
         if (found == source->end()) continue;
         for (const auto& [key, tensor] : found->second) entries.insert(key, tensor);
       }
+      for (const auto& entry : entries) {  // `check` has not seen those that are added
+        const Json& wanted = described_["inputs"][name][entry.key()];
+        const std::string wrong = misfit(name + "/" + entry.key(), entry.value(), wanted);
+        if (!wrong.empty()) throw Failure(Exit::kScoring, path_ + ":" + wrong);
+      }
       values.emplace_back(std::move(entries));
     }
-    return network_.forward(std::move(values));
+    try {
+      return network_.forward(std::move(values));
+    } catch (const std::exception& error) {
+      throw Failure(Exit::kScoring, path_ + ": " + told(error));
+    }
   }
 
  private:
+  // Fails unless the manifest tells dtype and dimensions of each input and of each entry of a dictionary: `check` lets
+  // pass what is not described.
+  void require_descriptions() const {
+    for (const auto& [name, dictionary, keys] : network_.arguments) {
+      const Json& input = described_["inputs"][name];
+      const std::string what = path_ + ": input " + name;
+      if (!dictionary) {
+        require_description(input, what);
+      } else if (std::get_if<Json::Object>(&input.value) == nullptr) {
+        undescribed(what);
+      }
+      for (const std::string& key : keys) require_description(input[key], what + "/" + key);
+    }
+  }
+
+  static void require_description(const Json& input, const std::string& what) {
+    const auto* dims = std::get_if<double>(&input["dims"].value);
+    if (dims == nullptr || std::get_if<std::string>(&input["dtype"].value) == nullptr) undescribed(what);
+  }
+
+  [[noreturn]] static void undescribed(const std::string& what) {
+    throw Failure(Exit::kFile, what + ": manifest.json does not tell its dtype and dims, and native code does not look "
+                                      "at what it is given");
+  }
+
   static std::string missing(const std::string& name) { return "\n  " + name + ": missing"; }
   static std::string unknown(const std::string& name) { return "\n  " + name + ": the model has no such input"; }
 

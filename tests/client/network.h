@@ -10,7 +10,8 @@
 struct Network {
   struct Argument {
     std::string name;
-    bool dictionary;  // of tensors; else a tensor
+    bool dictionary;                     // of tensors; else a tensor
+    std::vector<std::string> keys = {};  // of a package's dictionary; TorchScript does not tell them
   };
 
   std::vector<Argument> arguments;

@@ -42,7 +42,7 @@ inline Network packaged(const std::string& path) {
   try {
     loader = std::make_shared<torch::inductor::AOTIModelPackageLoader>(path);
   } catch (const std::exception& error) {
-    throw Failure(Exit::kModel, path + ": does not load: " + error.what());
+    throw Failure(Exit::kModel, path + ": does not load: " + told(error));
   }
   const std::vector<std::string> specifications = loader->get_call_spec();
   const Json inputs = tree_of(specifications.at(0), path), outputs = tree_of(specifications.at(1), path);
@@ -51,16 +51,15 @@ inline Network packaged(const std::string& path) {
   const std::vector<std::string> names = keys_of(by_name, path);
 
   Network network;
-  std::vector<std::vector<std::string>> keys;  // of each argument; none of a tensor
   for (size_t i = 0; i < names.size(); ++i) {
     const Json& node = by_name["children_spec"].as<Json::Array>(path + ": inputs by name").at(i);
-    network.arguments.push_back({names[i], is_dictionary(node)});
-    keys.push_back(is_dictionary(node) ? keys_of(node, path) : std::vector<std::string>());
+    const bool dictionary = is_dictionary(node);
+    network.arguments.push_back({names[i], dictionary, dictionary ? keys_of(node, path) : std::vector<std::string>()});
   }
   const bool records = is_dictionary(outputs);
   const std::vector<std::string> returned = records ? keys_of(outputs, path) : std::vector<std::string>();
 
-  network.forward = [=](const std::vector<at::IValue>& values) -> at::IValue {
+  network.forward = [=, arguments = network.arguments](const std::vector<at::IValue>& values) -> at::IValue {
     std::vector<at::Tensor> list;
     for (size_t i = 0; i < values.size(); ++i) {
       if (values[i].isTensor()) {
@@ -68,8 +67,8 @@ inline Network packaged(const std::string& path) {
         continue;
       }
       const auto entries = values[i].toGenericDict();
-      for (const std::string& key : keys[i]) {
-        TORCH_CHECK(entries.contains(key), names[i], "/", key, ": missing");
+      for (const std::string& key : arguments[i].keys) {
+        if (!entries.contains(key)) throw Failure(Exit::kScoring, arguments[i].name + "/" + key + ": missing");
         list.push_back(entries.at(key).toTensor());
       }
     }

@@ -86,7 +86,7 @@ Options parse(const std::vector<std::string>& arguments) {
   const bool pair = !options.encoder.empty();
   if (files.size() != (pair ? 1 : 2)) {
     throw Failure(Exit::kUsage,
-                  "usage: ranker_client MODEL.pt REQUESTS | --pair ENCODER.pt RANKER.pt REQUESTS "
+                  "usage: ranker_client MODEL.pt|.pt2 REQUESTS | --pair ENCODER.pt|.pt2 RANKER.pt|.pt2 REQUESTS "
                   "[--fbgemm LIB]... [--threads N] [--repeat N] [--tolerance X]");
   }
   if (!pair) options.model = files[0];
@@ -160,6 +160,9 @@ class Scorer {
     return run(models_.size() - 1, request, added).toTensor();
   }
 
+  // Of the file whose scores these are.
+  const std::string& path() const { return models_.back().path(); }
+
   void restart_watches() {
     for (Stopwatch& watch : watches_) watch.restart();
   }
@@ -197,10 +200,12 @@ void keep_freed_memory() {
 at::Tensor scored(Scorer& scorer, const Request& request, size_t number) {
   try {
     const at::Tensor scores = scorer.score(request);
-    TORCH_CHECK(scores.dim() == 2 && scores.scalar_type() == at::kFloat, "scores are float32 [N, tasks]");
+    if (scores.dim() != 2 || scores.scalar_type() != at::kFloat) {
+      throw Failure(Exit::kScoring, scorer.path() + ": scores are not float32 [N, tasks]");
+    }
     return scores.contiguous();
   } catch (const std::exception& error) {
-    throw Failure(Exit::kScoring, "request " + std::to_string(number) + ": " + error.what());
+    throw Failure(Exit::kScoring, "request " + std::to_string(number) + ": " + told(error));
   }
 }
 
@@ -271,7 +276,7 @@ int main(int count, char** arguments) {
     std::fprintf(stderr, "error: %s\n", failure.what());
     return static_cast<int>(failure.code);
   } catch (const std::exception& error) {
-    std::fprintf(stderr, "error: %s\n", error.what());
+    std::fprintf(stderr, "error: %s\n", told(error).c_str());
     return 1;
   }
 }

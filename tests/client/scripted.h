@@ -23,7 +23,7 @@ inline torch::jit::Module loaded_script(const std::string& path) {
       throw Failure(Exit::kModel, path + ": needs " + missing +
                                       ", which no library has brought: give FBGEMM's by --fbgemm LIB");
     }
-    throw Failure(Exit::kModel, path + ": does not load: " + what);
+    throw Failure(Exit::kModel, path + ": does not load: " + told(error));
   }
 }
 

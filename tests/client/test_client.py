@@ -129,6 +129,7 @@ def test_a_model_or_library_that_does_not_load_is_told(
     done = client(tmp_path / "model.pt", requests["small"])
     assert done.returncode == Exit.MODEL
     assert done.stderr.startswith(f"error: {tmp_path}/model.pt: does not load: ")
+    assert "Exception raised from" not in done.stderr
     done = client(exports["small"] / "ranker.pt", requests["small"], "--fbgemm", tmp_path / "model.pt", libraries=())
     assert done.returncode == Exit.MODEL
     assert done.stderr.startswith(f"error: --fbgemm {tmp_path}/model.pt: does not load: ")
@@ -158,7 +159,10 @@ def test_the_manifest_is_read_whatever_is_in_it(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["model.pt"], "usage: .*"),
+        (
+            ["model.pt"],
+            r"usage: ranker_client MODEL\.pt\|\.pt2 REQUESTS \| --pair ENCODER\.pt\|\.pt2 RANKER\.pt\|\.pt2 .*",
+        ),
         (["--pair", "encoder.pt", "ranker.pt"], "usage: .*"),
         (["model.pt", "requests", "--threads", "0"], "--threads 0: a number, at least 1, is expected"),
         (["model.pt", "requests", "--repeat"], "--repeat: a value is missing"),

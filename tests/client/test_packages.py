@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from ranker.export.compiled import load, no_compiler
 from tests.client.conftest import Changed, Client
@@ -62,6 +66,96 @@ def test_a_package_is_not_run_without_its_manifest(
     assert_message(done.stderr, r"error: .*ranker\.pt2: no manifest\.json beside it describes it: .*\n")
 
 
+@pytest.fixture
+def described(with_packages: Path, tmp_path: Path) -> Callable[..., Path]:
+    """The packages, after a change of what the manifest tells of one."""
+
+    def described(file: str, change: Callable[[dict[str, Any]], object]) -> Path:
+        folder = Path(shutil.copytree(with_packages, tmp_path / "described"))
+        manifest = json.loads((folder / "manifest.json").read_text())
+        change(manifest["files"][file])
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        return folder
+
+    return described
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "untold"),
+    [
+        ("ranker", lambda entry: entry.clear(), "request_values"),
+        ("ranker", lambda entry: entry["inputs"].pop("now"), "now"),
+        ("ranker", lambda entry: entry["inputs"]["now"].pop("dtype"), "now"),
+        ("ranker", lambda entry: entry["inputs"]["candidate_dense"].pop("dims"), "candidate_dense"),
+        ("user_encoder", lambda entry: entry["inputs"].pop("probes"), "probes"),
+        ("candidate_ranker", lambda entry: entry["inputs"].pop("memory"), "memory"),
+        ("candidate_ranker", lambda entry: entry["inputs"]["memory"].pop("0.time"), "memory/0.time"),
+        ("candidate_ranker", lambda entry: entry["inputs"]["memory"]["0.time"].pop("dims"), "memory/0.time"),
+    ],
+)
+def test_a_package_is_not_run_where_its_manifest_tells_too_little(
+    client: Client,
+    described: Callable[..., Path],
+    requests: dict[str, Path],
+    file: str,
+    change: Callable[[dict[str, Any]], object],
+    untold: str,
+):
+    folder = described(f"{file}.pt2", change)
+    models = (folder / "ranker.pt2",) if file == "ranker" else pair_in(folder, ".pt2")
+    done = client(*models, requests["small"], libraries=())
+    assert done.returncode == Exit.FILE
+    assert done.stdout == ""
+    message = rf"{file}\.pt2: input {untold}: manifest\.json does not tell its dtype and dims, and .*"
+    assert_message(done.stderr, rf"error: .*{message}\n")
+
+
+def test_an_entry_that_a_package_does_not_read_is_told(client: Client, with_packages: Path, changed: Changed):
+    def add(tensors: dict[str, Tensor]) -> None:
+        tensors["0/user_encoder/probes/0.code"] = torch.zeros(1, dtype=torch.int64)
+
+    done = client(*pair_in(with_packages, ".pt2"), changed(add), libraries=())
+    assert done.returncode == Exit.INPUTS
+    assert "  probes/0.code: the model has no such input\n" in done.stderr
+
+
+def test_memories_are_looked_at_before_native_code_is_given_them(
+    client: Client, described: Callable[..., Path], requests: dict[str, Path]
+):
+    folder = described("candidate_ranker.pt2", lambda entry: entry["inputs"]["memory"]["0.time"].update(dtype="int32"))
+    done = client(*pair_in(folder, ".pt2"), requests["small"], libraries=())
+    assert done.returncode == Exit.SCORING
+    wrong = r"  memory/0\.time: int64 of 1 dimensions, and the model reads int32 of 1"
+    assert_message(done.stderr, rf"error: request 0: .*candidate_ranker\.pt2:\n{wrong}\n")
+
+
+def test_a_memory_without_an_entry_is_told(client: Client, described: Callable[..., Path], requests: dict[str, Path]):
+    tensors: list[str] = []
+    folder = described("user_encoder.pt", lambda entry: tensors.extend(entry["inputs"]))
+    tensors.remove("probes")
+    encoder = torch.jit.ScriptModule()
+    encoder.define(
+        f"def forward(self, {', '.join(tensors)}, probes: Dict[str, Tensor]) -> Dict[str, Tensor]: return {{}}\n"
+    )
+    torch.jit.save(encoder, folder / "user_encoder.pt")
+    done = client(
+        "--pair", folder / "user_encoder.pt", folder / "candidate_ranker.pt2", requests["small"], libraries=()
+    )
+    assert done.returncode == Exit.SCORING
+    assert_message(done.stderr, r"error: request 0: .*candidate_ranker\.pt2: memory/0\.values: missing\n")
+
+
+def test_a_request_that_fails_is_told_without_a_backtrace(client: Client, with_packages: Path, changed: Changed):
+    def shorten(tensors: dict[str, Tensor]) -> None:
+        tensors["2/ranker/sequence_lengths"] = tensors["2/ranker/sequence_lengths"][:-1].clone()
+
+    file = with_packages / "ranker.pt2"
+    done = client(file, changed(shorten), libraries=())
+    assert done.returncode == Exit.SCORING
+    assert f"error: request 2: {file}: " in done.stderr
+    assert "Exception raised from" not in done.stderr
+
+
 def test_a_package_that_does_not_load_is_told(
     client: Client, with_packages: Path, requests: dict[str, Path], tmp_path: Path
 ):
@@ -70,3 +164,4 @@ def test_a_package_that_does_not_load_is_told(
     done = client(tmp_path / "ranker.pt2", requests["small"], libraries=())
     assert done.returncode == Exit.MODEL
     assert done.stderr.startswith(f"error: {tmp_path}/ranker.pt2: does not load: ")
+    assert "Exception raised from" not in done.stderr
