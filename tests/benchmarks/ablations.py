@@ -40,6 +40,7 @@ ABLATIONS: dict[str, dict[str, list[str]]] = {
         "deviation from the event before": [f"{BLOCK}.deviation=previous"],
         "gates by age at the request": [f"{BLOCK}.decay=now"],
         "with the next-item loss": [f"{BLOCK}.next_item_weight=0.1"],
+        "without it": [f"{BLOCK}.next_item_weight=0"],
     },
 }
 COLUMNS = [("ctr", "auc"), ("ctr", "uauc"), ("ctr", "wuauc"), ("ctr", "logloss"), ("ctcvr", "auc"), ("ctcvr", "uauc")]
