@@ -44,6 +44,7 @@ _POLICIES: dict[str, Callable[[], MCHEvictionPolicy]] = {
     "distance_lfu": DistanceLFU_EvictionPolicy,
 }
 _SPARE = 1.25
+"""how much larger than what is asked for a history is made, so that it seldom grows"""
 
 
 class Slots(MCHManagedCollisionModule):

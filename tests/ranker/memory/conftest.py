@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
 
+from tests.ranker.memory.days import built_days
 from tests.redis_servers import CLI, SERVER, RedisServer, redis_cluster, redis_server
+
+
+@pytest.fixture(scope="module")
+def days(once: Callable[..., Path]) -> Path:
+    """Both days, and what was built on them."""
+    return built_days(once)
+
+
+@pytest.fixture
+def store(days: Path, tmp_path: Path) -> str:
+    """A copy to change of the first day's store."""
+    return str(shutil.copytree(days / "built", tmp_path / "store"))
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,22 +23,10 @@ from ranker.memory.store import StoreError, open_store
 from ranker.memory.versions import versions_of
 from ranker.run import Run
 from tests.ranker.memory.built_memories import everything_in, same_numbers
-from tests.ranker.memory.days import ACTIVE, GONE, NEW, QUIET, SMALL, built_days, day, trained
+from tests.ranker.memory.days import ACTIVE, GONE, NEW, QUIET, SMALL, day, trained
 from tests.redis_servers import RedisServer
 
 DAY_MS = 86_400_000
-
-
-@pytest.fixture(scope="module")
-def days(once: Callable[..., Path]) -> Path:
-    """Both days, and what was built on them."""
-    return built_days(once)
-
-
-@pytest.fixture
-def store(days: Path, tmp_path: Path) -> str:
-    """A copy to change of the first day's store."""
-    return str(shutil.copytree(days / "built", tmp_path / "store"))
 
 
 def built(days: Path, store: str, dataset: str = "two", **arguments: object) -> BuildReport:

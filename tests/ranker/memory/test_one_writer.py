@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -26,23 +25,11 @@ from ranker.memory.refresh import UNDER_WAY, refresh
 from ranker.memory.store import Generation, StoreError, open_store
 from ranker.ranks import Ranks
 from tests.ranker.memory.built_memories import everything_in
-from tests.ranker.memory.days import ACTIVE, NEW, SMALL, built_days
+from tests.ranker.memory.days import ACTIVE, NEW, SMALL
 from tests.redis_servers import RedisServer
 
 ALONE = Ranks(0, 1, 1, torch.device("cpu"))
 ONE_BY_ONE = MemoryConfig(users=1)
-
-
-@pytest.fixture(scope="module")
-def days(once: Callable[..., Path]) -> Path:
-    """Both days, and what was built on them."""
-    return built_days(once)
-
-
-@pytest.fixture
-def store(days: Path, tmp_path: Path) -> str:
-    """A copy to change of the first day's store."""
-    return str(shutil.copytree(days / "built", tmp_path / "store"))
 
 
 def generation_in(store: str) -> Generation:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,19 +26,7 @@ from ranker.memory.verify import verify
 from ranker.memory.versions import versions_of
 from ranker.run import Run
 from tests.ranker.memory.built_memories import everything_in, same_numbers
-from tests.ranker.memory.days import ACTIVE, GONE, NEW, QUIET, built_days, day
-
-
-@pytest.fixture(scope="module")
-def days(once: Callable[..., Path]) -> Path:
-    """Both days, and what was built on them."""
-    return built_days(once)
-
-
-@pytest.fixture
-def store(days: Path, tmp_path: Path) -> str:
-    """A copy to change of the first day's store."""
-    return str(shutil.copytree(days / "built", tmp_path / "store"))
+from tests.ranker.memory.days import ACTIVE, GONE, NEW, QUIET, day
 
 
 def refreshed(days: Path, store: str, drop_vanished: bool = False, **changes: object) -> RefreshReport:
