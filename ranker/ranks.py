@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from features.errors import UserError
 from ranker.freed_memory import keep_freed_memory
+from ranker.native_threads import wait_until_idle
 
 T = TypeVar("T")
 
@@ -182,4 +183,5 @@ def join_ranks(
     try:
         yield Ranks(rank, world, local_world, where, timeout_s)
     finally:
+        wait_until_idle()
         dist.destroy_process_group()

@@ -40,3 +40,25 @@ def test_freed_memory_is_kept_for_the_next_step():
     pages = 4 * 4 * 31_000_000 // os.sysconf("SC_PAGE_SIZE")
     assert faults() < pages / 50
     assert faults(MALLOC_TRIM_THRESHOLD_="131072") > pages / 2
+
+
+LEFT = """
+import hashlib, threading
+from ranker.ranks import join_ranks
+done = []
+def work():
+    hashlib.pbkdf2_hmac("sha256", b"key", b"salt", 1_500_000)
+    done.append(True)
+with join_ranks("cpu", 1):
+    thread = threading.Thread(target=work)
+    thread.start()
+print(bool(done))
+"""
+
+
+def test_native_threads_are_waited_for_before_the_process_group_goes():
+    """A thread of gloo that still drops a tensor as the interpreter ends would abort the process."""
+    done = subprocess.run(
+        [sys.executable, "-c", LEFT], capture_output=True, text=True, timeout=120, check=True, env=dict(os.environ)
+    )
+    assert done.stdout.split()[-1] == "True"
