@@ -8,6 +8,7 @@ and attends to the short branch; its `read` is free of L.
 
 Chosen where the published text is open: layers are pre-norm residual, with a feed-forward net; the softmax layers of
 the long branch see a window of the latest events, not all, so that work stays proportional to Σ L (`window = 0`: all);
+S_L is brought to a root mean square of 1, so that what is read does not grow with L;
 no positions are added, order and time enter by the delta rule and by τ.
 
 With `decay="state"` nothing in the long branch depends on the request's time, and all of it is causal: requests whose
@@ -21,7 +22,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ranker.longseq.hytrec_layers import LocalSoftmax, ShortSoftmax, Tadn, Tokens, unit
+from ranker.longseq.hytrec_layers import LocalSoftmax, ShortSoftmax, Tadn, Tokens, levelled, unit
 from ranker.longseq.hytrec_passes import Passes, between, pass_a_row, pass_each
 from ranker.longseq.protocol import History, Probes, Target, compact, latest
 from ranker.longseq.stored import Stored, restore_parts, store_parts
@@ -37,7 +38,7 @@ from ranker.ops.short_attention import short_attention
 class HybridMemory(NamedTuple):
     """What a candidate reads, at most :meth:`HyTRec.memory_bytes` a request.
 
-    state: `[R, n · h, dk, dv]`, S_L of the n linear layers; pooled: `[R, width]`.
+    state: `[R, n · h, dk, dv]`, S_L of the n linear layers, levelled; pooled: `[R, width]`.
     k, v: `[S, h, d_head]` of the short branch, those of request r in ``start[r] : end[r]``.
     predicted, following: `[P, width]`, event: `[P]`: for the block's own loss, empty outside training; not stored.
     """
@@ -54,8 +55,8 @@ class HybridMemory(NamedTuple):
 
 
 class LongOutputs(NamedTuple):
-    """x: `[T', width]` of all tokens; state: `[R, n · h, dk, dv]` S_L at each request's split; first, end: `[R]`, the
-    tokens that it has seen."""
+    """x: `[T', width]` of all tokens; state: `[R, n · h, dk, dv]` S_L at each request's split, levelled; first, end:
+    `[R]`, the tokens that it has seen."""
 
     x: Tensor
     state: Tensor
@@ -94,6 +95,9 @@ class HyTRec(nn.Module):
         deviation: of a token, from the "mean" of the tokens up to it or from the "previous" one.
         feed_forward: hidden width of the feed-forward nets, in widths.
         window: tokens that the long branch's softmax layers see; 0: all, at a cost of Σ L².
+        gate_bias: of the gates, at first: σ of it is about the share of a key's old value that an event erases, so that
+            0 begins with a memory of some tens of events, and −4 with one of thousands.
+        agreement: False leaves out the products of what is read with the candidate's own value.
         chunk: tokens that the delta rule works on at once; the result does not depend on it.
         next_item_weight: of the loss of predicting a next event; 0 turns it off.
         next_items: positions of each history that it is computed for, the long branch's latest.
@@ -113,6 +117,8 @@ class HyTRec(nn.Module):
         length: int = 0,
         feed_forward: int = 2,
         window: int = 256,
+        gate_bias: float = -4.0,
+        agreement: bool = True,
         chunk: int = 32,
         next_item_weight: float = 0.0,
         next_items: int = 8,
@@ -137,7 +143,9 @@ class HyTRec(nn.Module):
         self.event = nn.Linear(dim, width)
         kinds = [(i + 1) % (ratio + 1) > 0 for i in range(layers)]
         self.layers = nn.ModuleList(
-            Tadn(width, heads, feed_forward, chunk) if linear else LocalSoftmax(width, heads, feed_forward, window)
+            Tadn(width, heads, feed_forward, chunk, gate_bias)
+            if linear
+            else LocalSoftmax(width, heads, feed_forward, window)
             for linear in kinds
         )
         self.linear_layers = sum(kinds)
@@ -147,23 +155,27 @@ class HyTRec(nn.Module):
         self.key_value = nn.Linear(width, 2 * width, bias=False)
         # of the candidate: a query for each linear layer's state, and one for the short branch
         self.query = nn.Linear(dim, (self.linear_layers + 1) * width, bias=False)
+        # and the value that it would have written to each of these states
+        self.value = nn.Linear(dim, self.linear_layers * width, bias=False) if agreement else None
         self._start_alike()
-        self.out = nn.Linear((self.linear_layers + 1) * width, width)
+        self.out = nn.Linear(((2 if agreement else 1) * self.linear_layers + 1) * width, width)
         self.pooled_out = nn.Linear(width, width, bias=False)  # W_out [reads; pooled], the latter once per request
         predicts = next_item_weight > 0
         self.predict = nn.Linear(width, width) if predicts else None
         self.follow = nn.Linear(dim, width) if predicts else None
 
     def _start_alike(self) -> None:
-        """Queries ask for the keys that an event like the candidate would have, were there no layer between; events
-        have no bias, which beside small embeddings would make all of them alike to the first LayerNorm."""
+        """Queries ask for the keys, and values are the ones, that an event like the candidate would have, were there no
+        layer between; events have no bias, which beside small embeddings would make all of them alike to the first
+        LayerNorm."""
         nn.init.orthogonal_(self.event.weight)
         nn.init.zeros_(self.event.bias)
-        keys = [
-            layer.projection.weight[self.width : 2 * self.width] for layer in self.layers if isinstance(layer, Tadn)
-        ]
+        of_events = [layer.projection.weight.split(self.width) for layer in self.layers if isinstance(layer, Tadn)]
         with torch.no_grad():
+            keys = [rows[1] for rows in of_events]
             self.query.weight.copy_(torch.cat([*keys, self.key_value.weight[: self.width]]) @ self.event.weight)
+            if self.value is not None:
+                self.value.weight.copy_(torch.cat([rows[2] for rows in of_events]) @ self.event.weight)
 
     def memory_bytes(self, number_bytes: int = 4) -> int:
         """What a store keeps of a request at most: no L in it."""
@@ -192,10 +204,14 @@ class HyTRec(nn.Module):
         tiles = tiles_of(target.offsets, elements=target.x.size(0))
         q = in_tiles(self.query(target.x).unflatten(1, [(self.linear_layers + 1) * self.heads, -1]), tiles)
         of_states, of_short = q.split([self.linear_layers * self.heads, self.heads], 2)
+        of_state = read_state(unit(of_states), tiles, memory.state)
         found = [
-            read_state(unit(of_states), tiles, memory.state).flatten(2),
+            of_state.flatten(2),
             short_attention(of_short, tiles, memory.k, memory.v, memory.start, memory.end).flatten(2),
         ]
+        if self.value is not None:
+            own = in_tiles(self.value(target.x).unflatten(1, [self.linear_layers * self.heads, -1]), tiles)
+            found.append((of_state * levelled(own)).flatten(2))
         out = self.out(torch.cat(found, 2)) + of_tiles(self.pooled_out(memory.pooled), tiles).unsqueeze(1)
         return out_of_tiles(out, tiles)
 
@@ -280,7 +296,7 @@ class HyTRec(nn.Module):
             some = (passes.end > passes.first).nonzero().squeeze(1)
             size = [split.numel(), state.size(1), state.size(2), state.size(3)]
             state = torch.zeros(size, dtype=state.dtype, device=state.device).index_copy(0, some, state)
-        return LongOutputs(self.long_norm(x), state, passes.first, passes.end)
+        return LongOutputs(self.long_norm(x), levelled(state.flatten(2)).view_as(state), passes.first, passes.end)
 
     def _tokens(self, long: History, offsets: Tensor, x: Tensor, at: Tensor | None) -> Tokens:
         """Decays and deviations of the long branch's tokens."""

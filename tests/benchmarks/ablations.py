@@ -39,6 +39,8 @@ ABLATIONS: dict[str, dict[str, list[str]]] = {
         "1 linear layer to each softmax layer": [f"{BLOCK}.ratio=1"],
         "deviation from the event before": [f"{BLOCK}.deviation=previous"],
         "gates by age at the request": [f"{BLOCK}.decay=now"],
+        "gates half open at first": [f"{BLOCK}.gate_bias=0"],
+        "reads without their products": [f"{BLOCK}.agreement=false"],
         "with the next-item loss": [f"{BLOCK}.next_item_weight=0.1"],
         "without it": [f"{BLOCK}.next_item_weight=0"],
     },
