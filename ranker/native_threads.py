@@ -7,7 +7,6 @@ exception"), or holds up the lock's owner, who waits for the thread.
 """
 
 import os
-import threading
 import time
 
 _POLLS = 3
@@ -17,7 +16,9 @@ _POLLS = 3
 def wait_until_idle(timeout_s: float = 5.0) -> bool:
     """Let all other threads of the process go on, without Python's lock, until they sleep.
 
-    Where the system does not tell threads' states (`/proc`), a millisecond each of the polls.
+    A thread that sleeps for a peer's part of a collective is not waited for: what is still under way is the caller's to
+    wait for. Threads that spin while they have nothing to do (`OMP_WAIT_POLICY=active`) take the whole of `timeout_s`;
+    where the system does not tell threads' states (`/proc`), it takes a millisecond each of the polls.
 
     Returns:
         False where some still ran after `timeout_s`.
@@ -34,15 +35,16 @@ def wait_until_idle(timeout_s: float = 5.0) -> bool:
 def _any_runs() -> bool:
     """Whether a thread of this process other than this one is running, ready to, or in the midst of a disk's answer."""
     try:
+        own = os.path.basename(os.readlink("/proc/thread-self"))
         tasks = os.listdir("/proc/self/task")
     except OSError:
         return False
-    return any(_state(task) in ("R", "D") for task in tasks if int(task) != threading.get_native_id())
+    return any(_state(task) in (b"R", b"D") for task in tasks if task != own)
 
 
-def _state(task: str) -> str:
+def _state(task: str) -> bytes:
     try:
-        with open(f"/proc/self/task/{task}/stat") as stat:
-            return stat.read().rpartition(") ")[2][:1]  # the name before it may hold brackets, too
+        with open(f"/proc/self/task/{task}/stat", "rb") as stat:  # bytes: a name may end amid a character
+            return stat.read().rpartition(b") ")[2][:1]  # and hold brackets
     except OSError:  # it has ended
-        return ""
+        return b""

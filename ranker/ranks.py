@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import sys
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -183,5 +184,8 @@ def join_ranks(
     try:
         yield Ranks(rank, world, local_world, where, timeout_s)
     finally:
-        wait_until_idle()
-        dist.destroy_process_group()
+        try:
+            if not wait_until_idle(5.0 if world > 1 else 1.0) and world > 1:
+                print(f"rank {rank}: threads still run as it leaves the others", file=sys.stderr)
+        finally:
+            dist.destroy_process_group()

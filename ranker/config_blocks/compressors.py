@@ -96,10 +96,14 @@ class HyTrecConfig(Strict):
     )
     feed_forward: int = Field(default=2, ge=1, description="hidden width of the feed-forward nets, in widths")
     window: int = Field(default=256, ge=0, description="events that a softmax layer sees; 0: all, at a cost of Σ L²")
-    gate_bias: float = Field(default=-4.0, description="of the gates at first; 0: a memory of some tens of events")
-    agreement: bool = Field(
-        default=True, description="what is read of a state, also times the value that the candidate would have written"
+    gate_bias: float = Field(
+        default=-4.0,
+        ge=-7,
+        le=7,
+        allow_inf_nan=False,
+        description="of the gates at first; -4: a memory of thousands of events, within period_s; 0: of some tens",
     )
+    agreement: bool = Field(default=True, description="what is read of a state, also times the candidate's own value")
     next_item_weight: float = Field(default=0.0, ge=0, description="of the loss of predicting the next event; 0: off")
     next_items: int = Field(default=8, ge=1, description="positions of a history that it is computed for, the latest")
 

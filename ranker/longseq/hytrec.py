@@ -8,8 +8,10 @@ and attends to the short branch; its `read` is free of L.
 
 Chosen where the published text is open: layers are pre-norm residual, with a feed-forward net; the softmax layers of
 the long branch see a window of the latest events, not all, so that work stays proportional to Σ L (`window = 0`: all);
-S_L is brought to a root mean square of 1, so that what is read does not grow with L;
-no positions are added, order and time enter by the delta rule and by τ.
+no positions are added, order and time enter by the delta rule and by τ. S_L is brought to a root mean square of 1, so
+that what is read does not grow with L. Beside what a candidate reads of a state stands its product with the value that
+an event like the candidate has, without the bias: keys of many interests overlap in a state of few dimensions, and
+whether key and value both agree tells them apart.
 
 With `decay="state"` nothing in the long branch depends on the request's time, and all of it is causal: requests whose
 windows begin at one event, those of a row, share one pass over the events up to the last one's split, and each takes
@@ -95,8 +97,9 @@ class HyTRec(nn.Module):
         deviation: of a token, from the "mean" of the tokens up to it or from the "previous" one.
         feed_forward: hidden width of the feed-forward nets, in widths.
         window: tokens that the long branch's softmax layers see; 0: all, at a cost of Σ L².
-        gate_bias: of the gates, at first: σ of it is about the share of a key's old value that an event erases, so that
-            0 begins with a memory of some tens of events, and −4 with one of thousands.
+        gate_bias: of the gates, at first. An event erases about σ(gate_bias) / 2 of what the state has for its key, at
+            least 1e-3 of its write strength, and a 1 / d_head of that for another: 0 begins with a memory of some tens
+            of events, −4 with one of thousands, as far as `period_s` lets it.
         agreement: False leaves out the products of what is read with the candidate's own value.
         chunk: tokens that the delta rule works on at once; the result does not depend on it.
         next_item_weight: of the loss of predicting a next event; 0 turns it off.
@@ -155,7 +158,7 @@ class HyTRec(nn.Module):
         self.key_value = nn.Linear(width, 2 * width, bias=False)
         # of the candidate: a query for each linear layer's state, and one for the short branch
         self.query = nn.Linear(dim, (self.linear_layers + 1) * width, bias=False)
-        # and the value that it would have written to each of these states
+        # and its own value, beside what it reads of each of these states
         self.value = nn.Linear(dim, self.linear_layers * width, bias=False) if agreement else None
         self._start_alike()
         self.out = nn.Linear(((2 if agreement else 1) * self.linear_layers + 1) * width, width)
@@ -165,9 +168,9 @@ class HyTRec(nn.Module):
         self.follow = nn.Linear(dim, width) if predicts else None
 
     def _start_alike(self) -> None:
-        """Queries ask for the keys, and values are the ones, that an event like the candidate would have, were there no
-        layer between; events have no bias, which beside small embeddings would make all of them alike to the first
-        LayerNorm."""
+        """Queries ask for the keys that an event like the candidate would have, and its own values are those of such an
+        event but for their bias, were there no layer between; events have no bias, which beside small embeddings would
+        make all of them alike to the first LayerNorm."""
         nn.init.orthogonal_(self.event.weight)
         nn.init.zeros_(self.event.bias)
         of_events = [layer.projection.weight.split(self.width) for layer in self.layers if isinstance(layer, Tadn)]
@@ -200,7 +203,8 @@ class HyTRec(nn.Module):
         return HybridMemory(long.state, pooled, k, v, short.start, short.end, predicted, following, event)
 
     def read(self, memory: HybridMemory, target: Target) -> Tensor:
-        """S_Lᵀ q of every linear layer, the long branch's mean and what the short branch answers: `[N, width]`."""
+        """S_Lᵀ q of every linear layer, alone and times the candidate's value, the long branch's mean and what the
+        short branch answers: `[N, width]`."""
         tiles = tiles_of(target.offsets, elements=target.x.size(0))
         q = in_tiles(self.query(target.x).unflatten(1, [(self.linear_layers + 1) * self.heads, -1]), tiles)
         of_states, of_short = q.split([self.linear_layers * self.heads, self.heads], 2)

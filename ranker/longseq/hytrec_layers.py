@@ -48,14 +48,15 @@ def deviations(x: Tensor, tokens: Tokens) -> Tensor:
     return x - previous.index_fill(0, starts, 0.0)
 
 
-def unit(x: Tensor) -> Tensor:
-    """L2-normalised along the last axis; zero stays zero. Half the time of PyTorch's `normalize`."""
-    return x * x.square().sum(-1, keepdim=True).clamp(min=1e-24).rsqrt()
+def unit(x: Tensor, epsilon: float = 1e-6) -> Tensor:
+    """L2-normalised along the last axis. Zero stays zero: `epsilon`, added to the square of the norm, keeps gradients
+    of a token that is all zeros within bounds."""
+    return x * (x.square().sum(-1, keepdim=True) + epsilon).rsqrt()
 
 
-def levelled(x: Tensor) -> Tensor:
-    """Brought to a root mean square of 1 along the last axis; zero stays zero."""
-    return unit(x) * x.size(-1) ** 0.5
+def levelled(x: Tensor, epsilon: float = 1e-6) -> Tensor:
+    """Brought to a root mean square of 1 along the last axis; zero stays zero, as with :func:`unit`."""
+    return x * (x.square().mean(-1, keepdim=True) + epsilon).rsqrt()
 
 
 class FeedForward(nn.Module):
@@ -78,7 +79,7 @@ class Tadn(nn.Module):
 
     def __init__(self, width: int, heads: int, feed_forward: int, chunk: int, gate_bias: float) -> None:
         super().__init__()
-        self.heads, self.chunk, self.least_gate = heads, chunk, 1e-2
+        self.heads, self.chunk, self.least_gate = heads, chunk, 1e-3
         self.norm = nn.LayerNorm(width)
         self.dynamic = nn.Linear(2 * width, width)
         self.static = nn.Linear(width, width)

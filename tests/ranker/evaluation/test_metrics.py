@@ -23,6 +23,7 @@ from ranker.evaluation.metrics import (
     gather_predictions,
     task_metrics,
 )
+from ranker.native_threads import wait_until_idle
 from tests.ranker.started_ranks import free_port
 
 
@@ -271,6 +272,7 @@ def gather_on_rank(rank: int, port: int, out: Path) -> None:
     with pytest.raises(ValueError, match="differ in their data types"):
         gather_predictions(narrower)
     dist.barrier()
+    wait_until_idle()
     dist.destroy_process_group()
 
 

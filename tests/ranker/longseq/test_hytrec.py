@@ -85,7 +85,12 @@ def softmax_layer(layer: Any, x: list[Tensor], window: int, causal: bool) -> lis
 
 def level(x: Tensor) -> Tensor:
     """Of a root mean square of 1, all numbers together."""
-    return x / x.norm().clamp(min=1e-12) * x.numel() ** 0.5
+    return x / (x.square().mean() + 1e-6).sqrt()
+
+
+def direction(x: Tensor) -> Tensor:
+    """Of one head's query or key."""
+    return x / (x.square().sum() + 1e-6).sqrt()
 
 
 def tadn_layer(
@@ -113,9 +118,9 @@ def tadn_layer(
         read: list[Tensor] = []
         for h in range(HEADS):
             of = slice(h * D, (h + 1) * D)
-            unit_q, unit_k = (y[of] / y[of].norm().clamp(min=1e-12) for y in (q, k))
+            unit_q, unit_k = direction(q[of]), direction(k[of])
             strength = torch.sigmoid(beta[h])
-            forget = g[of].mean().clamp(min=1e-2) * strength
+            forget = g[of].mean().clamp(min=1e-3) * strength
             state = states[h]
             if not block.decay_by_age and t:
                 state = state * math.exp(-(time_ms[t] - time_ms[t - 1]) / period_ms)
@@ -158,8 +163,7 @@ def reference(block: HyTRec, batch: Shape, history: History, target: Target) -> 
             for i, last in enumerate(states):
                 for h in range(HEADS):
                     of = slice(h * D, (h + 1) * D)
-                    head = queries[i][of]
-                    found.append(level(last[h]) @ (head / head.norm().clamp(min=1e-12)))
+                    found.append(level(last[h]) @ direction(queries[i][of]))
                     agreed += [found[-1] * level(own[i][of])] if block.value else []
             answer = attend(queries[-1], [k for k, _ in pairs], [v for _, v in pairs])
             rows.append(affine(block.out, torch.cat([*found, answer, *agreed])) + affine(block.pooled_out, pooled))
@@ -315,7 +319,9 @@ def test_gates_stay_within_their_bounds(batch: Shape, deviation: str, scale: int
     assert all(((g >= 0) & (g <= 1)).all() for g in seen)
 
 
-@pytest.mark.parametrize("options", [{}, {"decay": "state", "deviation": "previous", "next_item_weight": 0.5}])
+@pytest.mark.parametrize(
+    "options", [{"agreement": False}, {}, {"decay": "state", "deviation": "previous", "next_item_weight": 0.5}]
+)
 def test_encode_then_read_and_script(options: dict[str, Any]):
     """`forward` is `read` of `encode`; TorchScript gives the same on every size."""
     block = block_of(length=60, window=20, **options)
@@ -327,6 +333,45 @@ def test_encode_then_read_and_script(options: dict[str, Any]):
         torch.testing.assert_close(block.read(memory, target), expected, rtol=0, atol=0)
         for _ in range(2):
             torch.testing.assert_close(scripted(history, NO_PROBES, target), expected)
+
+
+def test_starts_with_a_long_memory_and_alike():
+    """Gates begin at σ(gate_bias), and a candidate's queries and values are those of an event like it."""
+    history, target = inputs_of(shape([60], [(0, 0, 60)], [1]), DIM)
+    torch.manual_seed(0)
+    for bias in (-4.0, 0.0):
+        block = HyTRec(DIM, width=HEADS * D, heads=HEADS, layers=2, ratio=2, gate_bias=bias, decay="state").double()
+        gates = torch.cat([layer.gate for layer in block.gates(history).layers])
+        assert (gates.mean().logit() - bias).abs() < 0.3
+        _, k, v, _ = block.layers[0].projection(block.event(target.x)).split([HEADS * D] * 3 + [HEADS], 1)
+        torch.testing.assert_close(block.query(target.x)[:, : HEADS * D], k)
+        torch.testing.assert_close(block.value(target.x)[:, : HEADS * D], v)
+
+
+def test_what_is_read_does_not_grow_with_the_history():
+    """States have a root mean square of 1 after 10 events of the long branch and after 5,000."""
+    torch.manual_seed(0)
+    block = HyTRec(DIM, width=HEADS * D, heads=HEADS, decay="state", period_s=1e9).double()
+    for length in (60, 5050):
+        history, _ = inputs_of(shape([length], [(0, 0, length)], [1]), DIM)
+        state = block.encode(history, NO_PROBES).state
+        torch.testing.assert_close(state.square().mean((2, 3)), torch.ones_like(state[:, :, 0, 0]), atol=1e-3, rtol=0)
+
+
+def test_an_event_that_is_all_zeros_has_gradients_of_the_others_size():
+    """As before the first step of a table that starts at zero: its key has no direction."""
+    batch = shape([80], [(0, 0, 80)], [1])
+    largest: list[float] = []
+    for zeros in (0, 3):
+        torch.manual_seed(0)
+        block = block_of(decay="state")
+        history, target = inputs_of(batch, DIM)
+        history = history._replace(x=history.x.index_fill(0, torch.arange(zeros), 0.0).requires_grad_())
+        with torch.no_grad():
+            block.event.bias.zero_()
+        block(history, NO_PROBES, target).square().sum().backward()
+        largest.append(max(float(p.grad.abs().max()) for p in block.parameters() if p.grad is not None))
+    assert largest[1] < 1e5 * largest[0]
 
 
 def test_memory_is_of_one_size():
