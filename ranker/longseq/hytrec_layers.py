@@ -54,7 +54,7 @@ def unit(x: Tensor, epsilon: float = 1e-6) -> Tensor:
     return x * (x.square().sum(-1, keepdim=True) + epsilon).rsqrt()
 
 
-def levelled(x: Tensor, epsilon: float = 1e-6) -> Tensor:
+def levelled(x: Tensor, epsilon: float = 1e-5) -> Tensor:
     """Brought to a root mean square of 1 along the last axis; zero stays zero, as with :func:`unit`."""
     return x * (x.square().mean(-1, keepdim=True) + epsilon).rsqrt()
 

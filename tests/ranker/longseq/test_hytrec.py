@@ -85,7 +85,7 @@ def softmax_layer(layer: Any, x: list[Tensor], window: int, causal: bool) -> lis
 
 def level(x: Tensor) -> Tensor:
     """Of a root mean square of 1, all numbers together."""
-    return x / (x.square().mean() + 1e-6).sqrt()
+    return x / (x.square().mean() + 1e-5).sqrt()
 
 
 def direction(x: Tensor) -> Tensor:
