@@ -81,7 +81,7 @@ def same_training(runs: Path, name: str, scalars: Scalars, read_checkpoint: Read
     expected, found = (read_checkpoint(Run(runs / ranks / name).checkpoints()[-1]) for ranks in ("one", "two"))
     assert found.keys() == expected.keys()
     for key, value in expected.items():
-        # sums in another order round otherwise, which HyTRec's norms of small reads amplify; a step moves weights far more
+        # sums in another order round otherwise, and norms of small reads amplify it; a step moves weights far more
         torch.testing.assert_close(found[key], value, rtol=1e-5, atol=5e-5, msg=key)
 
 
