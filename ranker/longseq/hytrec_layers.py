@@ -4,9 +4,9 @@ A layer is residual with the norm before it: x + attention(LayerNorm(x)), then x
 state" of the equations is the normalised one. All are causal.
 
 Chosen where the published text is open: values have a bias, so that a state tells how much it holds of a key whatever
-that was; what a head reads of its state is brought to unit root mean square (as in Gated DeltaNet, Yang et al. 2024),
-for a state that forgets little grows with the history; gates begin almost closed, and layers with a memory of thousands
-of events.
+that was. What a head reads of its state is brought to unit root mean square (as in Gated DeltaNet, Yang et al. 2024),
+for a state that forgets little grows with the history; a read that found next to nothing stays small, for its direction
+is chance, and rounding may turn it. Gates begin almost closed, and layers with a memory of thousands of events.
 """
 
 from typing import NamedTuple
@@ -55,7 +55,7 @@ def unit(x: Tensor, epsilon: float = 1e-6) -> Tensor:
 
 
 def levelled(x: Tensor, epsilon: float = 1e-5) -> Tensor:
-    """Brought to a root mean square of 1 along the last axis; zero stays zero, as with :func:`unit`."""
+    """Brought to a root mean square of 1 along the last axis, unless small beside √epsilon; zero stays zero."""
     return x * (x.square().mean(-1, keepdim=True) + epsilon).rsqrt()
 
 
@@ -79,7 +79,7 @@ class Tadn(nn.Module):
 
     def __init__(self, width: int, heads: int, feed_forward: int, chunk: int, gate_bias: float) -> None:
         super().__init__()
-        self.heads, self.chunk, self.least_gate = heads, chunk, 1e-3
+        self.heads, self.chunk, self.least_gate, self.small_read = heads, chunk, 1e-3, 0.1
         self.norm = nn.LayerNorm(width)
         self.dynamic = nn.Linear(2 * width, width)
         self.static = nn.Linear(width, width)
@@ -116,7 +116,7 @@ class Tadn(nn.Module):
         """States `[T, width]`; the new ones, and S `[P, h, dk, dv]` after the tokens `at`, or S_L `[R, h, dk, dv]`."""
         writes, _ = self.writes(x, tokens)
         o, state = delta_rule(writes, tokens.offsets, self.chunk, None, tokens.at)
-        return self.feed_forward(x + self.out(levelled(o).flatten(1))), state
+        return self.feed_forward(x + self.out(levelled(o, self.small_read**2).flatten(1))), state
 
 
 class LocalSoftmax(nn.Module):
