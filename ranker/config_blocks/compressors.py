@@ -57,7 +57,7 @@ class HiSacConfig(Strict):
         default="sid", description="semantic IDs of the dataset; all their levels stand in features.codes"
     )
     keep: list[Annotated[int, Field(ge=1)]] = Field(
-        default_factory=lambda: [20, 10], min_length=1, description="k_l: children kept under each node, level by level"
+        default_factory=lambda: [20, 3], min_length=1, description="k_l: children kept under each node, level by level"
     )
     length: int = Field(default=0, ge=0, description="latest events; 0: all")
     heads: int = Field(default=2, ge=1)

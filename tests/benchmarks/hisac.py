@@ -33,9 +33,9 @@ from tests.benchmarks.target_attention import resident_mib
 DIM, DZ, CODES, REQUESTS, CANDIDATES = 32, 32, 200, 32, 16
 NONE = torch.zeros(0, dtype=torch.int64)
 NO_PROBES = Probes(torch.zeros(0, 0), NONE, NONE)
-KEEP = {"200": [20, 10], "50": [10, 5]}
+KEEP = {"60": [20, 3], "200": [20, 10]}  # the first is the default
 REFERENCE = "target attention"
-WAYS = [REFERENCE, "content 200", "content 50", "codewords 200", "codewords 50"]
+WAYS = [REFERENCE, *(f"{z} {agents}" for z in ("content", "codewords") for agents in KEEP)]
 Work = Callable[[], object]
 
 
@@ -131,14 +131,14 @@ def print_steps(kind: str, candidates: int, repeats: int) -> None:
     for length in (1_000, 10_000):
         codes = codes_of(REQUESTS, length, kind)
         history, target = batch_of(REQUESTS, length, candidates, codes)
-        block = block_of("codewords 200")
+        block = block_of("codewords 60")
         assert isinstance(block, HiSAC)
         leaves = block.encode(history, NO_PROBES).log_weight.numel() / REQUESTS
         users = torch.arange(REQUESTS).repeat_interleave(length) * (CODES + 1) ** 2
         distinct = (users + codes[:, 0] * (CODES + 1) + codes[:, 1]).unique().numel() / REQUESTS
         blocks = {way: block_of(way) for way in WAYS}
         took = medians_ms({way: lambda b=b, h=history, t=target: step(b, h, t) for way, b in blocks.items()}, repeats)
-        sizes = f"{REQUESTS} × {candidates}, {distinct:.0f} leaves and {leaves:.0f} of 200 agents a request"
+        sizes = f"{REQUESTS} × {candidates}, {distinct:.0f} leaves and {leaves:.0f} of 60 agents a request"
         print(f"step, L = {length:,}: {sizes}")
         peak = {way: peak_mib(way, REQUESTS, length, kind, candidates) for way in WAYS}
         for way in WAYS:
@@ -177,11 +177,11 @@ def print_growth(kind: str, repeats: int) -> None:
 def print_online(repeats: int) -> None:
     """500 candidates of one request, without gradients."""
     with torch.no_grad():
-        hisac, full = block_of("content 50"), block_of(REFERENCE)
+        hisac, full = block_of("content 60"), block_of(REFERENCE)
         ways: dict[str, Work] = {}
         for length in (100, 10_000):
             i = torch.arange(length)
-            codes = torch.stack([i % 10 + 1, i // 10 % 5 + 1], 1)  # 50 leaves, all of them agents
+            codes = torch.stack([i % 20 + 1, i // 20 % 3 + 1], 1)  # 60 leaves, all of them agents
             history, target = batch_of(1, length, 500, codes)
             memory = hisac.encode(history, NO_PROBES)
             ways[f"read, L = {length:,}"] = lambda m=memory, t=target: hisac.read(m, t)
