@@ -165,7 +165,7 @@ def test_train_passes_overrides_and_resume(run, stub, tmp_path: Path):
 
 def test_commands_refuse_a_wrong_toolchain_before_they_import_it(run, stub, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(doctor, "installed_version", lambda name: None)
-    monkeypatch.setattr(cli, "ensure_versions", lambda: doctor.ensure_versions({"torch": "2.13.0"}.get))
+    monkeypatch.setattr("ranker.cli.root.ensure_versions", lambda: doctor.ensure_versions({"torch": "2.13.0"}.get))
     stub("ranker.training.trainer", "train", None)
     code, _, err = run("train", "none.yaml", "--out", "r")
     assert code == 2
@@ -181,9 +181,9 @@ def test_a_library_that_does_not_load_is_explained(run, stub, monkeypatch: pytes
         raise doctor.ToolchainError("operators: fbgemm does not run")
 
     stub("ranker.export", "export", broken)
-    monkeypatch.setattr(cli, "ensure_healthy", explain)
+    monkeypatch.setattr("ranker.cli.root.ensure_healthy", explain)
     assert run("export", "r", "--out", "o")[::2] == (2, "error: operators: fbgemm does not run\n")
-    monkeypatch.setattr(cli, "ensure_healthy", lambda probe: None)
+    monkeypatch.setattr("ranker.cli.root.ensure_healthy", lambda probe: None)
     with pytest.raises(ImportError):
         run("export", "r", "--out", "o")
 

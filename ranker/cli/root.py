@@ -1,8 +1,4 @@
-"""The command line: every command reads a config or a run, does one thing, and says what it did.
-
-A command imports what it needs when it runs, so that help and `ranker doctor` are quick and work when torch does not.
-What the user can put right is printed as one message, with exit code 2; `RANKER_TRACEBACK=1` shows where it came from.
-"""
+"""The `ranker` command: its subcommands, and what becomes of their errors."""
 
 from __future__ import annotations
 
@@ -18,14 +14,12 @@ from rich.table import Table
 
 from features.errors import UserError
 from features.schema import Split
-from ranker import cli_compare, cli_memory, cli_plan, cli_requests, cli_sids
+from ranker.cli import compare, memory, plan, requests, sids
 from ranker.doctor import ensure_healthy, ensure_versions
 from ranker.doctor_probe import probe_apart
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
-
-    from features.dataset import Manifest
 
 app = typer.Typer(
     name="ranker",
@@ -34,12 +28,12 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.add_typer(cli_sids.app, name="sids")
-app.add_typer(cli_memory.app, name="memory")
-app.command("compare")(cli_compare.compare)
-app.command("tune")(cli_compare.tune)
-app.command("plan")(cli_plan.plan)
-app.command("requests")(cli_requests.requests)
+app.add_typer(sids.app, name="sids")
+app.add_typer(memory.app, name="memory")
+app.command("compare")(compare.compare)
+app.command("tune")(compare.tune)
+app.command("plan")(plan.plan)
+app.command("requests")(requests.requests)
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; `ranker schema` lists its keys")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="folder made by `ranker train`")]
@@ -79,9 +73,10 @@ def prepare(
     from features.config_file import load_config
     from features.prepare import prepare as run
     from features.schema import PrepareConfig
+    from ranker.cli.manifest import print_manifest
 
     manifest = run(load_config(config, PrepareConfig, set_ or ()), out)
-    _print_manifest(manifest, out)
+    print_manifest(manifest, out)
 
 
 @app.command()
@@ -215,40 +210,6 @@ def _config_model(name: Literal["prepare", "sids", "train", "compare", "memory"]
     return TrainConfig
 
 
-def _print_manifest(manifest: Manifest, out: Path) -> None:
-    """Counts of what was made, and of what was left out."""
-    from ranker.cli_prepare import id_table
-
-    console = Console()
-    labels = manifest.labels
-    table = Table(
-        "split",
-        "requests",
-        "impressions",
-        "users",
-        *labels,
-        "unknown items",
-        title=f"{manifest.name} → {escape(str(out))}",
-    )
-    for split, info in manifest.splits.items():
-        positives = [f"{info.positives.get(label, 0):,}" for label in labels]
-        counts = (f"{n:,}" for n in (info.requests, info.impressions, info.users))
-        table.add_row(split, *counts, *positives, f"{info.unknown_items:,}")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    console.print(table)
-    console.print(id_table(manifest))
-    console.print(
-        f"{manifest.events:,} history events of {manifest.users - 1:,} users; {manifest.known_items - 1:,} known and "
-        f"{manifest.items - manifest.known_items:,} unknown items; {len(manifest.partitions)} partitions"
-    )
-    dropped = {reason: count for reason, count in manifest.dropped.items() if count}
-    found = {what: count for what, count in manifest.counted.items() if count}
-    if found:
-        console.print("found: " + ", ".join(f"{what}: {count:,}" for what, count in found.items()))
-    console.print("dropped: " + (", ".join(f"{reason}: {count:,}" for reason, count in dropped.items()) or "nothing"))
-
-
 def main() -> None:
     """Entry point of the `ranker` command."""
     try:
@@ -268,7 +229,3 @@ def _run() -> None:
         if isinstance(error, ImportError) or "cannot open shared object" in str(error):
             ensure_healthy(probe=probe_apart)
         raise
-
-
-if __name__ == "__main__":
-    main()
