@@ -23,7 +23,7 @@ from ranker.model import Ranker
 from ranker.planning.reads import reads_of
 from ranker.ranks import Ranks, join_ranks
 from ranker.run import Run, codewords_of
-from ranker.sharding import shard
+from ranker.tables.sharding import shard
 from ranker.training import checkpoint
 from ranker.training.managed_state import hold
 from ranker.training.trainer import build

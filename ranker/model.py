@@ -12,9 +12,9 @@ from features.batch import RequestBatch
 from features.selection import FeatureSpec
 from ranker.blocks import Block, Codewords
 from ranker.config import TrainConfig
-from ranker.embeddings import Embedded, Tables
 from ranker.longseq import History, Target
 from ranker.ops.jagged import segments_of
+from ranker.tables.embeddings import Embedded, Tables
 from ranker.towers import DIN, MLP, MMoE
 
 Moments = dict[str, tuple[float, float]]
@@ -171,7 +171,7 @@ class Ranker(nn.Module):
         moments: mean and deviation of dense features, kept with the model's state.
         codewords: of the codebooks that blocks name, kept with it too.
         device: of the tables; ``meta`` when TorchRec is to shard them.
-        held: managed tables are as training left them (:mod:`ranker.held_rows`).
+        held: managed tables are as training left them (:mod:`ranker.tables.held_rows`).
     """
 
     def __init__(

@@ -25,7 +25,6 @@ from features.selection import FeatureSpec
 from features.views import item_file
 from ranker.blocks import Block
 from ranker.config import TrainConfig
-from ranker.embeddings import Tables
 from ranker.evaluation.report import BlockReport, Figure
 from ranker.longseq import HiSAC, History, HyTRec, Target, UxSID
 from ranker.longseq.protocol import latest
@@ -33,6 +32,7 @@ from ranker.longseq.uxsid import interest_recall
 from ranker.model import Dense, plain_of
 from ranker.ops.next_item import hit_rate_at_k, ndcg_at_k
 from ranker.ranks import Ranks
+from ranker.tables.embeddings import Tables
 
 SAMPLE = 500
 """requests"""

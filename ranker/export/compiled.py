@@ -34,7 +34,7 @@ from features.progress import log
 from ranker.export.inputs import Inputs
 from ranker.export.parity import TOLERANCE
 from ranker.export.restored import ExportError
-from ranker.served_tables import with_served_tables
+from ranker.tables.served import with_served_tables
 
 Compiling = Literal["off", "try", "require"]
 Scoring = Callable[..., Tensor]

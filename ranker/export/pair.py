@@ -15,11 +15,11 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from features.batch import names, sequence_keys
 from features.selection import FeatureSpec
 from ranker.config import TablesConfig
-from ranker.embeddings import Tables
 from ranker.export.whole import known_ids, sizes
 from ranker.longseq import Probes, Stored, Target
 from ranker.model import Plain, Ranker
 from ranker.ops.probing import known_codes
+from ranker.tables.embeddings import Tables
 from ranker.towers import esmm_probabilities
 
 

@@ -1,6 +1,6 @@
 """What ``*.int8.pt`` may cost: the exported files once more with tables of bytes, a quarter of the size.
 
-Tables are all that is large. Every one is quantised, row by row (:mod:`ranker.served_tables`), frozen content vectors
+Tables are all that is large. Every one is quantised, row by row (:mod:`ranker.tables.served`), frozen content vectors
 too: they are read as embeddings are. Dense parameters stay float32, and so do memories.
 
 A number moves by half a step at most, 1/510 of its row's range. What that makes of a score depends on the model, so it

@@ -9,9 +9,9 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from features.errors import UserError
 from features.selection import FeatureSpec
-from ranker.held_rows import HeldRows
 from ranker.model import Ranker
 from ranker.run import Run, codewords_of
+from ranker.tables.held_rows import HeldRows
 
 
 class ExportError(UserError):

@@ -34,7 +34,7 @@ from ranker.export.parity import Parity, Score, Way
 from ranker.export.quantised import ALLOWED, ALLOWED_AUC
 from ranker.export.whole import ServedRanker
 from ranker.model import Ranker
-from ranker.served_tables import with_served_tables
+from ranker.tables.served import with_served_tables
 
 What = Literal["ranker", "user_encoder", "candidate_ranker"]
 Modules = Mapping[What, nn.Module]

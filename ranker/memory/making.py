@@ -18,12 +18,12 @@ from features.errors import UserError
 from features.selection import FeatureSpec
 from ranker.blocks import Block
 from ranker.config import TrainConfig
-from ranker.embeddings import Tables
 from ranker.export.inputs import StoredBlock, stored_blocks
 from ranker.longseq import Probes, Stored
 from ranker.memory.config import CodesConfig
 from ranker.memory.policy import Codes, codes_of, nearest_codes
 from ranker.model import Dense, plain_of
+from ranker.tables.embeddings import Tables
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -9,11 +9,11 @@ from torch import nn
 from torchrec.distributed.planner.types import ShardingOption, Storage
 
 from ranker.config import TablesConfig
-from ranker.managed_collision import history_bytes
 from ranker.planning.cluster import Cluster
 from ranker.planning.constraints import ShardingError
 from ranker.planning.reads import Reads
 from ranker.planning.tables import tables_of
+from ranker.tables.managed_collision import history_bytes
 
 _ID_BYTES = 8
 _ID_COPIES = 20

@@ -22,12 +22,12 @@ from torchrec.distributed.planner.types import PlannerError, PlannerErrorType, S
 from torchrec.distributed.types import ModuleSharder, ShardingPlan
 
 from ranker.config import TablesConfig
-from ranker.managed_collision import managed_of
 from ranker.planning.cluster import Cluster
 from ranker.planning.constraints import ShardingError, allowed_types, constraints_of
 from ranker.planning.misfit import Room, impossible, no_way, room_of
 from ranker.planning.reads import Reads
 from ranker.planning.tables import Table, tables_of
+from ranker.tables.managed_collision import managed_of
 
 _PREFERRED = ("table_wise", "row_wise", "table_row_wise", "column_wise", "table_column_wise", "grid_shard")
 _PREFERRED_KERNELS = ("fused", "fused_uvm_caching", "fused_uvm")

@@ -11,13 +11,13 @@ from features.dataset import Dataset, Manifest
 from features.errors import UserError, did_you_mean
 from features.selection import FeatureSpec, resolve
 from ranker.config import TrainConfig
-from ranker.managed_collision import refuse_unmanageable
 from ranker.model import Ranker
 from ranker.planning.cluster import Cluster
 from ranker.planning.placement import Placement, place
 from ranker.planning.reads import reads_of
 from ranker.run import codewords_of
-from ranker.sharding import declare_optimizers
+from ranker.tables.managed_collision import refuse_unmanageable
+from ranker.tables.sharding import declare_optimizers
 from ranker.training.trainer import build
 
 _UNITS = {"KB": 10, "MB": 20, "GB": 30, "TB": 40, "KIB": 10, "MIB": 20, "GIB": 30, "TIB": 40}

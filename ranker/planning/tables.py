@@ -8,7 +8,7 @@ from typing import Literal
 from torch import nn
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
-from ranker.managed_collision import managed_of
+from ranker.tables.managed_collision import managed_of
 
 Kind = Literal["pooled", "sequence", "managed"]
 

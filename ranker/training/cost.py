@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ranker.embeddings import Tables
+    from ranker.tables.embeddings import Tables
 
 
 @dataclass

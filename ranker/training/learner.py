@@ -22,7 +22,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from features.batch import RequestBatch
 from ranker.config import TrainConfig
 from ranker.ranks import Ranks
-from ranker.sharding import average_replicas, optimizer_of
+from ranker.tables.sharding import average_replicas, optimizer_of
 from ranker.towers import click_losses, esmm_loss
 from ranker.training.checkpoint import Position
 from ranker.training.clock import StepClock

@@ -18,8 +18,8 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from features.errors import UserError
-from ranker.held_rows import HeldRows
-from ranker.managed_collision import ManagedRows, managed_of
+from ranker.tables.held_rows import HeldRows
+from ranker.tables.managed_collision import ManagedRows, managed_of
 
 _SLOTS = "table._managed_collision_collection._managed_collision_modules"
 

@@ -10,8 +10,8 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from features.batch import RequestBatch
-from ranker.managed_collision import managed_of
 from ranker.ranks import Ranks
+from ranker.tables.managed_collision import managed_of
 
 
 def lookups(batch: RequestBatch, ranks: Ranks) -> dict[str, float]:

@@ -23,15 +23,15 @@ from features.selection import FeatureSpec, resolve
 from ranker.blocks import Codewords
 from ranker.config import TrainConfig
 from ranker.doctor import ensure_healthy
-from ranker.embeddings import load_content
 from ranker.evaluation.metrics import Predictions, task_metrics
 from ranker.evaluation.predict import predict, refuse_not_finite, scoring_loader, selection_of
-from ranker.managed_collision import refuse_unmanageable
 from ranker.model import Moments, Ranker
 from ranker.planning.reads import reads_of
 from ranker.ranks import Ranks, join_ranks
 from ranker.run import Run, codewords_of, refuse_existing, training_alone, write_json
-from ranker.sharding import describe_plan, shard
+from ranker.tables.embeddings import load_content
+from ranker.tables.managed_collision import refuse_unmanageable
+from ranker.tables.sharding import describe_plan, shard
 from ranker.training import checkpoint
 from ranker.training.checkpoint import Position
 from ranker.training.cost import TrainingCost, table_parameters

@@ -24,9 +24,9 @@ from features.selection import Feature, FeatureSpec, resolve
 from features.semantic_ids.errors import SidsError
 from features.table_rows import codebook_change, older_rows, refuse_other_meaning, same_numbers
 from ranker.config import HiSacConfig, TrainConfig
-from ranker.managed_collision import managed_of
 from ranker.ranks import Ranks
 from ranker.run import Run, RunError, codebooks_of, leaves
+from ranker.tables.managed_collision import managed_of
 from ranker.training import checkpoint, managed_state
 from ranker.training.carried_rows import Carried, Ints, Saved, carry_rows
 

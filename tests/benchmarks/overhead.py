@@ -30,10 +30,10 @@ from features.moments import dense_moments
 from features.progress import Progress
 from features.selection import Feature, FeatureSpec, resolve
 from ranker.config import TrainConfig
-from ranker.embeddings import Embedded
 from ranker.export import unsharded
 from ranker.model import Ranker, plain_of
 from ranker.ranks import join_ranks
+from ranker.tables.embeddings import Embedded
 from ranker.towers import click_losses, esmm_loss
 from ranker.training.source import ReadWhenAsked
 from ranker.training.trainer import Trainer
@@ -41,7 +41,7 @@ from tests.benchmarks.machine import machine
 
 
 class PlainTables(nn.Module):
-    """What :class:`ranker.embeddings.Tables` computes, by PyTorch alone; starts with its weights."""
+    """What :class:`ranker.tables.embeddings.Tables` computes, by PyTorch alone; starts with its weights."""
 
     def __init__(self, spec: FeatureSpec, weights: dict[str, Tensor]) -> None:
         super().__init__()

@@ -23,10 +23,10 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from features.batch import RequestBatch, from_tensors
 from features.selection import Feature, FeatureSpec
 from ranker.config import ModelConfig, OptimizerConfig, TablesConfig, TrainConfig
-from ranker.embeddings import Embedded
 from ranker.model import Plain, Ranker, Scores
 from ranker.ranks import join_ranks
-from ranker.sharding import optimizer_of, shard
+from ranker.tables.embeddings import Embedded
+from ranker.tables.sharding import optimizer_of, shard
 from ranker.towers import esmm_loss
 from tests.benchmarks.machine import machine
 

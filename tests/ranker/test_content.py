@@ -17,11 +17,11 @@ from features.selection import FeatureError, resolve
 from features.semantic_ids.apply import apply
 from features.semantic_ids.fit import fit
 from ranker.config import TrainConfig
-from ranker.embeddings import load_content
 from ranker.evaluate import evaluate
 from ranker.export import export
 from ranker.model import Ranker
 from ranker.run import Run
+from ranker.tables.embeddings import load_content
 from ranker.training.trainer import train
 from tests.ranker.block_configs import HISAC, UXSID
 from tests.ranker.conftest import sids_config

@@ -19,7 +19,6 @@ from features.selection import Selection, resolve
 from features.users import UserBatches
 from ranker.blocks import Block
 from ranker.config import TrainConfig
-from ranker.embeddings import Tables
 from ranker.evaluate import restore
 from ranker.export import unsharded
 from ranker.longseq import Target
@@ -37,6 +36,7 @@ from ranker.model import Dense, plain_of
 from ranker.ops.jagged import segments_of
 from ranker.ranks import join_ranks
 from ranker.run import Run
+from ranker.tables.embeddings import Tables
 from tests.ranker.memory.built_memories import everything_in, run_with_blocks, same_numbers
 from tests.redis_servers import SERVER, redis_server
 

@@ -23,8 +23,8 @@ def fail_on_this_rank(config: Path) -> None:
     Such processes take long to start, so one pair of them shows all.
     """
     from features.config_file import load_config
-    from ranker import sharding
     from ranker.ranks import join_ranks
+    from ranker.tables import sharding
     from ranker.training import trainer
 
     rank = os.environ["RANK"]

@@ -18,13 +18,13 @@ from features.errors import UserError
 from ranker.config import TrainConfig
 from ranker.evaluate import evaluate, restore
 from ranker.export import export
-from ranker.held_rows import NOBODY, HeldRows
 from ranker.planning.constraints import ShardingError
 from ranker.ranks import join_ranks
 from ranker.run import Run
+from ranker.tables.held_rows import NOBODY, HeldRows
 from ranker.training.trainer import train
-from tests.ranker.managed_tables import TABLES, on_cpus
 from tests.ranker.started_ranks import keep_one_process_group, run_ranks_to_the_end
+from tests.ranker.tables.managed_tables import TABLES, on_cpus
 
 ConfigOf = Callable[..., TrainConfig]
 Read = Callable[[Path], dict[str, Tensor]]

@@ -28,9 +28,9 @@ from torchrec.distributed.types import ShardingPlan
 
 from features.config_file import load_config
 from features.errors import UserError
-from ranker import sharding
 from ranker.config import TrainConfig
 from ranker.evaluate import evaluate
+from ranker.tables import sharding
 from ranker.training.learner import Learner
 from ranker.training.trainer import train
 from tests.ranker.started_ranks import keep_one_process_group, run_ranks_to_the_end

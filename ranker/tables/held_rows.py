@@ -1,7 +1,8 @@
 """Managed-collision tables once they are trained: which row an id has, as a table of plain tensors.
 
-What TorchRec's modules hold (:mod:`ranker.managed_collision`) can be neither scripted nor quantised, and is cut by the
-ranks that trained it. Of it, evaluation and export need no more than the ids that have rows, sorted, and their rows:
+What TorchRec's modules hold (:mod:`ranker.tables.managed_collision`) can be neither scripted nor quantised, and is cut
+by the ranks that trained it. Of it, evaluation and export need no more than the ids that have rows, sorted, and their
+rows:
 
     row(i) = rows[k]             where ids[k] = i, found by bisection
              fallback[i // b]    where no k is: the last row of the rank whose ids i is among, b ids to a rank
@@ -15,7 +16,7 @@ from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
-from ranker.served_tables import by_key
+from ranker.tables.served import by_key
 
 NOBODY = torch.iinfo(torch.int64).max
 """the id of a row that no id has"""

@@ -13,7 +13,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConf
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from ranker.served_tables import ByteRows, with_served_tables
+from ranker.tables.served import ByteRows, with_served_tables
 
 LENGTHS = st.lists(st.integers(0, 4), min_size=4, max_size=4).filter(any)  # TorchRec's own cannot look up nothing
 

@@ -7,7 +7,8 @@ A table may have fewer rows than ids (`tables.buckets`): ids become rows here, i
 evaluation and the exported model do it alike, and history and candidates too.
 
 A table may have rows for those ids alone that training met last, or most (`tables.managed_collision`): in training
-it is a :class:`ranker.managed_collision.ManagedRows`, and afterwards, held, a :class:`ranker.held_rows.HeldRows`.
+it is a :class:`ranker.tables.managed_collision.ManagedRows`, and afterwards, held, a
+:class:`ranker.tables.held_rows.HeldRows`.
 
 Items' frozen content vectors are tables too, sharded like the others, so that a batch brings 8 bytes an event and not a
 vector, and a checkpoint and an export hold each item's once. They are filled from the dataset's column and looked up
@@ -28,11 +29,11 @@ from features.batch import names
 from features.dataset import Dataset
 from features.selection import Feature, FeatureSpec
 from features.views import item_file
-from ranker.buckets import bucketed, summed
 from ranker.config import TablesConfig
-from ranker.held_rows import HeldRows
-from ranker.managed_collision import ManagedRows
-from ranker.table_configs import TableConfigs
+from ranker.tables.buckets import bucketed, summed
+from ranker.tables.configs import TableConfigs
+from ranker.tables.held_rows import HeldRows
+from ranker.tables.managed_collision import ManagedRows
 
 
 class Embedded(NamedTuple):

@@ -14,7 +14,6 @@ from features.dataset import Dataset
 from features.progress import Progress
 from features.selection import resolve
 from ranker.config import TrainConfig
-from ranker.embeddings import Tables
 from ranker.export import unsharded
 from ranker.model import Ranker
 from ranker.planning import placement
@@ -22,7 +21,8 @@ from ranker.planning.constraints import ShardingError
 from ranker.planning.reads import reads_of
 from ranker.planning.tables import Table, tables_of
 from ranker.ranks import join_ranks
-from ranker.sharding import describe_plan, shard
+from ranker.tables.embeddings import Tables
+from ranker.tables.sharding import describe_plan, shard
 from ranker.towers import esmm_loss
 from ranker.training.source import ReadWhenAsked
 from ranker.training.trainer import Trainer, build

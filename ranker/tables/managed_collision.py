@@ -9,8 +9,8 @@ finite, teaches nothing, but its ids have been met, and may have got rows, which
 Ids are divided among ranks by ranges, which hashes fill evenly and indices of a vocabulary, the frequent ones first, do
 not; nor do those mean the same on the next day. So only features with `hash_buckets` can be managed.
 
-All tables go through EmbeddingCollections, pooled ones too, which :func:`ranker.embeddings.pooled` pools: TorchRec
-shards pooled tables by rows on GPUs alone, and an id of a categorical feature costs the same both ways.
+All tables go through EmbeddingCollections, pooled ones too, which :func:`ranker.tables.embeddings.pooled` pools:
+TorchRec shards pooled tables by rows on GPUs alone, and an id of a categorical feature costs the same both ways.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Rows of ids without end: who has one, who loses it, and that evaluation and export read what training taught.
 
-See :mod:`tests.ranker.managed_tables` for how they train here.
+See :mod:`tests.ranker.tables.managed_tables` for how they train here.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from features.errors import UserError
 from features.progress import Progress
 from features.selection import resolve
 from ranker.config import ManagedCollisionConfig, TrainConfig
-from ranker.embeddings import pooled, with_an_empty_list
 from ranker.evaluate import evaluate, restore
 from ranker.evaluation.predict import scoring_loader, selection_of
 from ranker.export import export
-from ranker.held_rows import NOBODY, HeldRows
-from ranker.managed_collision import ManagedRows, managed_of
 from ranker.planning.constraints import ShardingError
 from ranker.ranks import join_ranks
 from ranker.run import Run
+from ranker.tables.embeddings import pooled, with_an_empty_list
+from ranker.tables.held_rows import NOBODY, HeldRows
+from ranker.tables.managed_collision import ManagedRows, managed_of
 from ranker.training.source import ReadWhenAsked
 from ranker.training.trainer import Trainer, train
-from tests.ranker.managed_tables import TABLES, on_cpus
+from tests.ranker.tables.managed_tables import TABLES, on_cpus
 
 ConfigOf = Callable[..., TrainConfig]
 Read = Callable[[Path], dict[str, Tensor]]

@@ -19,12 +19,12 @@ from features.config_file import ConfigError
 from features.dataset import Dataset
 from features.errors import UserError
 from features.selection import resolve
-from ranker.buckets import bucketed
 from ranker.config import TrainConfig
-from ranker.embeddings import Tables
 from ranker.evaluation.predict import scoring_loader, selection_of
 from ranker.ranks import Ranks
 from ranker.run import Run, RunError
+from ranker.tables.buckets import bucketed
+from ranker.tables.embeddings import Tables
 
 ConfigOf = Callable[..., TrainConfig]
 BUCKETS = "tables.buckets={item: 7, user: 11, event.action: 2}"
