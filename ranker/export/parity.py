@@ -6,6 +6,7 @@ another way, and the AUC of clicks is measured for all on the same candidates.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -36,7 +37,8 @@ class Way:
     Args:
         name: in log and manifest; score: the way itself; files: those that it goes through, in their order.
         against: the way that it must equal: the trainer, or one named before it.
-        allowed: greatest difference of a score from that way's.
+        allowed: greatest difference of a score from that way's; 1: any.
+        allowed_rms: greatest root mean square of the scores' differences, and
         allowed_auc: greatest change of the clicks' AUC from the trainer's, for ways that are not meant to be exact;
             None: any.
     """
@@ -46,6 +48,7 @@ class Way:
     files: tuple[File, ...]
     against: str = TRAINER
     allowed: float = TOLERANCE
+    allowed_rms: float | None = None
     allowed_auc: float | None = None
 
 
@@ -58,6 +61,8 @@ class Compared:
     against: str
     greatest_difference: float
     allowed: float
+    rms_difference: float
+    allowed_rms: float | None
     auc: float | None
     auc_change: float | None
     allowed_auc: float | None
@@ -85,14 +90,19 @@ class Parity:
 
 @dataclass
 class _Scored:
-    """Of one way so far: its greatest difference, and the click's score of every candidate."""
+    """Of one way so far: its greatest difference, the sum of their squares, how many, and every candidate's click."""
 
     difference: Tensor = field(default_factory=lambda: torch.zeros(1))
+    squares: float = 0.0
+    count: int = 0
     clicks: list[Tensor] = field(default_factory=list[Tensor])
 
     def add(self, scores: Tensor, expected: Tensor) -> None:
         # torch's maximum keeps a NaN, where Python's may lose it
-        self.difference = torch.cat([self.difference, (scores - expected).abs().flatten()]).max().view(1)
+        differences = (scores - expected).abs().flatten()
+        self.difference = torch.cat([self.difference, differences]).max().view(1)
+        self.squares += float(differences.double().square().sum())
+        self.count += differences.numel()
         self.clicks.append(scores[:, 0])
 
 
@@ -131,8 +141,10 @@ def compare(
         files = [file.name for file in way.files]
         mine, trainers = auc[way.name], auc[TRAINER]
         change = None if mine is None or trainers is None else mine - trainers
-        difference = float(scored[way.name].difference)
-        found[way.name] = Compared(files, way.against, difference, way.allowed, mine, change, way.allowed_auc)
+        of = scored[way.name]
+        rms = math.sqrt(of.squares / max(of.count, 1))
+        bounds = float(of.difference), way.allowed, rms, way.allowed_rms
+        found[way.name] = Compared(files, way.against, *bounds, mine, change, way.allowed_auc)
     return Parity(used, len(clicked), auc[TRAINER], found)
 
 
@@ -144,9 +156,17 @@ def refuse_differences(parity: Parity) -> None:
     for name, found in parity.ways.items():
         than = "the trainer" if found.against == TRAINER else found.against
         difference = f"{found.greatest_difference:.2e} (allowed {found.allowed:.0e})"
-        log(f"{name}: greatest score difference from {than} {difference}, AUC {_shown(found.auc_change, '+.5f')}")
+        rms = f"{found.rms_difference:.1e}"
+        if found.allowed_rms is not None:
+            rms += f" (allowed {found.allowed_rms:.0e})"
+        log(
+            f"{name}: greatest score difference from {than} {difference}, root mean square {rms}, "
+            f"AUC {_shown(found.auc_change, '+.5f')}"
+        )
         if not found.greatest_difference <= found.allowed:
             wrong.append(f"{name}: scores differ from {than}'s by {difference}")
+        elif found.allowed_rms is not None and not found.rms_difference <= found.allowed_rms:
+            wrong.append(f"{name}: scores differ from {than}'s by a root mean square of {rms}")
         elif found.allowed_auc is not None and not abs(found.auc_change or 0.0) <= found.allowed_auc:
             change = f"{_shown(found.auc_change, '+.5f')} (allowed ±{found.allowed_auc})"
             wrong.append(f"{name}: the AUC of clicks differs from the trainer's by {change}")

@@ -31,7 +31,7 @@ from ranker.export.inputs import (
 )
 from ranker.export.pair import CandidateRanker, UserEncoder
 from ranker.export.parity import Parity, Score, Way
-from ranker.export.quantised import ALLOWED, ALLOWED_AUC
+from ranker.export.quantised import ALLOWED_AUC, ALLOWED_RMS
 from ranker.export.whole import ServedRanker
 from ranker.model import Ranker
 from ranker.tables.served import with_served_tables
@@ -126,7 +126,7 @@ def ways_through(
 
     ways = [
         Way("ranker", *ranker("ranker.pt")),
-        Way("int8 ranker", *ranker("ranker.int8.pt"), allowed=ALLOWED, allowed_auc=ALLOWED_AUC),
+        Way("int8 ranker", *ranker("ranker.int8.pt"), allowed=1.0, allowed_rms=ALLOWED_RMS, allowed_auc=ALLOWED_AUC),
     ]
     if not whole:
         names = "user_encoder.int8.pt", "candidate_ranker.int8.pt"

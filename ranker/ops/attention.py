@@ -17,6 +17,7 @@ from torch import Tensor
 from ranker.ops.jagged import offsets_of, segments_of
 from ranker.ops.padded import exporting, with_spare
 from ranker.ops.take_rows import take_rows
+from ranker.ops.unit_softmax import unit_softmax
 from ranker.ops.units import in_units, merge, out_of_units, shared_windows, sizes_of, units_of
 
 
@@ -119,24 +120,23 @@ def window_attention(
 
     q_tile = q.index_select(0, plan.row.flatten()).view(tiles, width, heads, d)
     q_tile = (q_tile / math.sqrt(d)).permute(0, 2, 3, 1).flatten(1)  # [tiles, h · d · width]
-    q_of = q_tile.index_select(0, plan.tile).view(units, heads, d, width).unbind(1)
-    k_of = take_rows(k.flatten(1), event).view(units, chunk, heads, d).unbind(2)
+    q_of = _by_head(q_tile.index_select(0, plan.tile).view(units, heads, d, width), 1)
+    k_of = _by_head(take_rows(k.flatten(1), event).view(units, chunk, heads, d), 2)
     v_of = k_of
     if v is not k:  # keys that are values are gathered once
-        v_of = take_rows(v.flatten(1), event).view(units, chunk, heads, v.size(2)).unbind(2)
+        v_of = _by_head(take_rows(v.flatten(1), event).view(units, chunk, heads, v.size(2)), 2)
     out: list[Tensor] = []
     for head in range(heads):
-        # in place where autograd allows: the cost is memory traffic. [units, chunk, width]
-        logits = torch.bmm(k_of[head], q_of[head])
-        if offset is not None:
-            logits = logits.add_(offset.select(3, head))
-        if hidden is not None:
-            logits = logits.masked_fill_(hidden, float("-inf"))
-        top = logits.detach().amax(1).clamp(min=-1e30)  # finite, that a unit hidden as a whole weighs 0
-        weight = logits.sub_(top.unsqueeze(1)).exp_()
-        summed = torch.bmm(weight.transpose(1, 2), v_of[head])
-        out.append(merge(top, weight.sum(1), summed, plan.tile, tiles))
+        added = None if offset is None else offset.select(3, head)
+        found = unit_softmax(q_of[head], k_of[head], v_of[head], added, hidden)
+        out.append(merge(found.top, found.total, found.summed, plan.tile, tiles))
     return out_of_units(torch.stack(out, 2), plan, q_offsets, queries)
+
+
+def _by_head(x: Tensor, dim: int) -> list[Tensor]:
+    """Each head's part of `x`, whose dimension `dim` counts heads: of a single head a view, whose gradient is not
+    copied."""
+    return [x.squeeze(dim)] if x.size(dim) == 1 else list(x.unbind(dim))
 
 
 def _alone(q: Tensor, start: Tensor, end: Tensor, bias: Tensor | None, most_pairs: int = 1 << 19) -> bool:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
+from ranker.freed_memory import keep_freed_memory
 from ranker.ops.delta_rule import Writes, chunked_delta_rule, delta_rule, naive_delta_rule
 from tests.benchmarks.hytrec import seconds
 from tests.benchmarks.machine import machine
@@ -141,6 +142,7 @@ def main() -> None:
     if options.peak:
         print_peak(options.peak, options.length, decay)
         return
+    keep_freed_memory()  # as the trainer does: else pages that come anew are timed too
     print(f"machine   {machine('torch', threads=options.threads)}")
     print(f"sizes     {SEQUENCES} sequences, {HEADS} heads of {WIDTH}, chunk {CHUNK}, decay {decay}, float32")
     for length in (1024, 4096, 16384):

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ranker.freed_memory import keep_freed_memory
 from ranker.longseq.hisac import HiSAC
 from ranker.longseq.protocol import History, Probes, Target
 from ranker.longseq.target_attention import TargetAttention
@@ -216,6 +217,7 @@ def main() -> None:
     if options.only:
         print_peak(options.only, options.requests, options.length, options.codes, options.candidates)
         return
+    keep_freed_memory()  # as the trainer does: else pages that come anew are timed too
     print(f"machine   {machine('torch', threads=options.threads)}")
     print(f"sizes     width {DIM}, 2 heads of 16, content {DZ}, 2 × {CODES} codes, {options.codes} codes, float32")
     print_steps(options.codes, options.candidates, options.repeats)

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from ranker.freed_memory import keep_freed_memory
 from ranker.longseq import History, Probes, Target, TargetAttention
 from ranker.longseq.hytrec import HyTRec
 from ranker.longseq.hytrec_layers import FeedForward
@@ -228,6 +229,7 @@ def main() -> None:
     if options.peak:
         print_peak(options.peak, options.backward)
         return
+    keep_freed_memory()  # as the trainer does: else pages that come anew are timed too
     print(f"machine   {machine('torch', threads=options.threads)}")
     print(f"sizes     width {WIDTH}, {HEADS} heads, {LAYERS} layers, 3 linear to 1 softmax, float32")
     compare_steps(options.repeats)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from ranker.freed_memory import keep_freed_memory
 from ranker.longseq import History, Probes, Target, TargetAttention
 from ranker.ops.jagged import offsets_of
 from tests.benchmarks.machine import machine
@@ -146,6 +147,7 @@ def main() -> None:
     if options.only:
         print_peak(options.only, options.case, options.events)
         return
+    keep_freed_memory()  # as the trainer does: else pages that come anew are timed too
     print(f"machine   {machine('torch', threads=options.threads)}")
     print(f"sizes     {REQUESTS} requests × {CANDIDATES} candidates, {options.events:,} events, 2 heads of 16, float32")
     print(

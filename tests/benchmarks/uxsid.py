@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from ranker.freed_memory import keep_freed_memory
 from ranker.longseq import History, Probes, Target, TargetAttention
 from ranker.longseq.uxsid import UxSID
 from ranker.ops.probing import distinct_probes
@@ -197,6 +198,7 @@ def main() -> None:
     if options.only_peak:
         print_peak(options.only_peak)
         return
+    keep_freed_memory()  # as the trainer does: else pages that come anew are timed too
     print(f"machine   {machine('torch', threads=options.threads)}")
     print(f"sizes     events {DIM}, probes {PROBE_DIM}, width {WIDTH}, 16 anchors, float32; processor time")
     training(options.repeats)

@@ -62,6 +62,23 @@ def test_a_way_may_have_its_own_bound(batch: RequestBatch):
     refuse_differences(of(batch, Way("far", moved(1e-2), FILES, allowed=2e-2)))
 
 
+def test_the_root_mean_square_is_bounded_apart_from_the_greatest_difference(batch: RequestBatch):
+    """One score may move far where a few may; all by as much may not."""
+
+    def all_moved(batch: RequestBatch) -> Tensor:
+        return trainer(batch) + 0.1
+
+    rms = 0.1 / batch.candidates**0.5
+    one = Way("one", moved(0.1), FILES, allowed=1.0, allowed_rms=2 * rms)
+    parity = of(batch, one)
+    assert parity.ways["one"].rms_difference == pytest.approx(rms, rel=1e-4)
+    refuse_differences(parity)
+    for score in (all_moved, moved(float("nan"))):
+        way = Way("all", score, FILES, allowed=1.0, allowed_rms=2 * rms)
+        with pytest.raises(ExportError, match="all: scores differ from the trainer's by"):
+            refuse_differences(of(batch, way))
+
+
 def test_a_way_may_be_held_against_another(batch: RequestBatch):
     """As the pair against the whole: two that differ from the trainer alike do not differ from one another."""
     first = Way("first", moved(1e-2), FILES, allowed=2e-2)

@@ -11,7 +11,7 @@ import torch
 
 from ranker.export import ExportError, encoder_inputs_of, export, inputs_of, probes_of, stored_blocks
 from ranker.export import ways as exporting
-from ranker.export.quantised import ALLOWED, ALLOWED_AUC
+from ranker.export.quantised import ALLOWED_AUC, ALLOWED_RMS
 from tests.ranker.export.conftest import Exported
 from tests.ranker.export.server import answered_elsewhere
 
@@ -24,7 +24,8 @@ def test_scores_move_within_the_bound(exported_of: ExportedOf, name: str):
     """By something, and by the pair as by the whole."""
     ways = json.loads((exported_of(name).folder / "manifest.json").read_text())["parity"]["ways"]
     whole, pair = ways["int8 ranker"], ways["int8 pair"]
-    assert 0 < whole["greatest_difference"] <= whole["allowed"] == ALLOWED
+    assert 0 < whole["rms_difference"] <= whole["allowed_rms"] == ALLOWED_RMS
+    assert whole["rms_difference"] <= whole["greatest_difference"] <= whole["allowed"] == 1
     assert abs(whole["auc_change"]) <= whole["allowed_auc"] == ALLOWED_AUC
     assert pair["against"] == "int8 ranker"
     assert pair["greatest_difference"] <= 1e-5
@@ -57,7 +58,9 @@ def test_it_answers_where_only_torch_and_fbgemm_are_imported(exported_of: Export
     )
 
 
-@pytest.mark.parametrize(("bound", "said"), [("ALLOWED", "scores differ from"), ("ALLOWED_AUC", "the AUC of clicks")])
+@pytest.mark.parametrize(
+    ("bound", "said"), [("ALLOWED_RMS", "scores differ from"), ("ALLOWED_AUC", "the AUC of clicks")]
+)
 def test_refused_beyond_the_bounds(
     exported_of: ExportedOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bound: str, said: str
 ):
