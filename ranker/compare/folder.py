@@ -5,7 +5,7 @@ Layout::
     lock                     held by the process that works on it
     cells/CELL.yaml          the config that a cell was made with: what it is recognised by
     cells/CELL.log           what its training and evaluation said
-    cells/CELL/              its run folder, with metrics.json, predictions.parquet and training.json
+    cells/CELL/              its run folder, with metrics.json, predictions.parquet, bootstrap.npz and training.json
     speed/METHOD.json        what the method costs alone
     table.json, table.md, report.html
 """

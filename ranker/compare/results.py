@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from features.progress import Progress
-from ranker.compare.bootstrap import COMPARED, Difference, Measured, difference_of, measure_draws
+from ranker.compare.bootstrap import COMPARED, Difference, Measured, difference_of
 from ranker.compare.config import CompareConfig
 from ranker.compare.cost import MethodCost, PartCost
 from ranker.compare.folder import CompareFolder
 from ranker.compare.plan import Cell, Row, baseline_of
+from ranker.compare.stored_draws import draws_of
 from ranker.evaluation.metrics import TASKS, Task
 from ranker.evaluation.report import METRICS
-from ranker.evaluation.stored_predictions import read_predictions
 
 Json = dict[str, Any]
 
@@ -161,8 +161,7 @@ def _compare(
         for row in needed:
             draws[row] = {}
             for seed, run in measured[row].runs.items():
-                predictions = read_predictions(run / "predictions.parquet")
-                draws[row][seed] = measure_draws(predictions, config.bootstrap.draws, config.bootstrap.seed)
+                draws[row][seed] = draws_of(run, config.bootstrap.draws, config.bootstrap.seed)
                 progress.advance()
     for result in compared:
         assert result.baseline is not None
