@@ -88,6 +88,27 @@ def by_length(results: Results, task: Task) -> Figure:
     return figure
 
 
+def several_lengths(results: Results) -> bool:
+    """Whether there is anything to draw over lengths."""
+    return len({r.row.length for r in results.rows if r.row.length is not None}) > 1
+
+
+def by_method(results: Results, task: Task) -> Figure:
+    """AUC of every row, the best on top; bars are the deviation over seeds."""
+    known = [(auc, r) for r in results.rows if (auc := r.mean(task, "auc")) is not None]
+    known.sort(key=lambda found: found[0])
+    figure = new_figure(8, 1 + 0.22 * len(known))
+    axes = figure.subplots()
+    styles = looks(results)
+    for place, (auc, r) in enumerate(known):
+        look: Look = styles[cost_name(r.row)] | {"linestyle": "none"}
+        axes.errorbar(auc, place, xerr=r.tasks[task]["auc"].sd or 0, capsize=2, elinewidth=0.8, **look)
+    axes.set_yticks(range(len(known)), [label(r) for _, r in known], fontsize=8)
+    axes.set_xlabel(f"{task.upper()} AUC")
+    axes.grid(axis="x", color=GREY, linewidth=0.4)
+    return figure
+
+
 def by_cost(results: Results, task: Task) -> Figure:
     """AUC against the cost of a candidate; the line joins the rows that no other beats in both."""
     figure = new_figure(8, 4.5)

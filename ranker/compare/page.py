@@ -50,12 +50,14 @@ def page(name: str, results: Results, protocol: Protocol, failures: Sequence[Fai
 
 def _figures(results: Results) -> list[str]:
     """One section a question."""
+    more = figures.several_lengths(results)
+    draw = figures.by_length if more else figures.by_method
     return [
         _section(
-            "Does reading more help?",
+            "Does reading more help?" if more else "Which is best?",
             '<div class="pair">',
             *(
-                _figure(f"length-{task}", partial(figures.by_length, results, task), "Bars: deviation over seeds.")
+                _figure(f"length-{task}", partial(draw, results, task), "Bars: deviation over seeds.")
                 for task in results.tasks
             ),
             "</div>",

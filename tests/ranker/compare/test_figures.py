@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import auc, roc_auc_score
 
-from ranker.compare.figures import calibration_curve, longest_rows, looks, roc_curve, svg
+from ranker.compare.figures import by_method, calibration_curve, longest_rows, looks, roc_curve, several_lengths, svg
 from ranker.compare.plan import Row
-from ranker.compare.results import Results, RowResult
+from ranker.compare.results import Estimate, Results, RowResult
 from ranker.pictures.canvas import new_figure
 
 
@@ -52,6 +52,18 @@ def results_of(*rows: Row) -> Results:
 def test_of_each_method_the_row_that_reads_most():
     rows = [Row("a", 5), Row("a", 50), Row("b", 0), Row("b", 99), Row("c", None), Row("a", 7, (("k", "1"),))]
     assert [r.row for r in longest_rows(results_of(*rows))] == [rows[1], rows[2], rows[4], rows[5]]
+
+
+def test_one_length_is_drawn_method_by_method():
+    """The best on top; one without an AUC is left out."""
+    results = results_of(Row("a", 5), Row("b", 5), Row("c", None), Row("d", 5))
+    assert not several_lengths(results)
+    assert several_lengths(results_of(Row("a", 5), Row("a", 6), Row("c", None)))
+    for result, value in zip(results.rows, (0.7, 0.6, 0.8, None), strict=True):
+        result.tasks = {"ctr": {"auc": Estimate(value, 0.01, 3)}}
+    axes = by_method(results, "ctr").axes[0]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["b, L 5", "a, L 5", "c"]
+    assert [float(found.lines[0].get_xdata()[0]) for found in axes.containers] == [0.6, 0.7, 0.8]  # type: ignore
 
 
 def test_methods_look_different():
