@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from features.batch import names
 from features.errors import UserError
 from features.selection import FeatureSpec
-from ranker.config_blocks import HiSacConfig, LongConfig, SimHardConfig, SimSoftConfig, UxSidConfig
+from ranker.config_blocks import HiSacConfig, HyTrecConfig, LongConfig, SimHardConfig, SimSoftConfig, UxSidConfig
 from ranker.longseq import HiSAC, History, HyTRec, MeanPooling, Probes, Stored, Target, TargetAttention, UxSID
 from ranker.longseq.encoders import ELASTIC, HSTU, LONGER, SASRec
 from ranker.longseq.groups import LSH, SDIM, VQL, Aggregator, CFormer, KMeans, Patching, PolyEncoder
@@ -105,7 +105,7 @@ class Block(nn.Module):
             if config.z == "content":
                 self.content_start, self.content_dim = _content(self.name, config, spec, codewords)
         try:
-            self.block = _module(config, dim * len(spec.sequence), dim, self.probe_start, codewords)
+            self.block = _module(self.name, config, spec, dim, self.probe_start, codewords)
         except ValueError as error:
             raise UserError(f"{self.name}: {error}") from error
         self.out_dim = int(self.block.out_dim)  # type: ignore[arg-type]
@@ -175,10 +175,18 @@ def _listed(features: list[str]) -> str:
 
 def _probe(key: str, feature: str, spec: FeatureSpec, dim: int) -> tuple[int, int]:
     """Where the probe stands among the codes, and where its embedding starts in a candidate's."""
-    for place, have in (("codes", names(spec.codes)), ("sequence", names(spec.sequence))):
-        if feature not in have:
-            raise UserError(f"{key}: {feature!r} is not in features.{place}, which has {_listed(have)}; add it there")
-    return names(spec.codes).index(feature), dim * names(spec.sequence).index(feature)
+    return _place(key, feature, "codes", names(spec.codes)), _start(key, feature, spec, dim)
+
+
+def _start(key: str, feature: str, spec: FeatureSpec, dim: int) -> int:
+    """Where a feature's embedding starts in an event's and a candidate's."""
+    return dim * _place(key, feature, "sequence", names(spec.sequence))
+
+
+def _place(key: str, feature: str, place: str, have: list[str]) -> int:
+    if feature not in have:
+        raise UserError(f"{key}: {feature!r} is not in features.{place}, which has {_listed(have)}; add it there")
+    return have.index(feature)
 
 
 def _levels(block: str, config: HiSacConfig, spec: FeatureSpec, levels: int) -> list[int]:
@@ -215,10 +223,15 @@ def _content(block: str, config: HiSacConfig, spec: FeatureSpec, codewords: Code
     return sum(f.dim for f in spec.content[:at]), dim
 
 
-def _module(config: LongConfig, dim: int, probe_dim: int, probe_start: int, codewords: Codewords) -> nn.Module:
-    options = config.model_dump(exclude={"type", "probe", "codebook", "search_weight"})
+def _module(
+    block: str, config: LongConfig, spec: FeatureSpec, dim: int, probe_start: int, codewords: Codewords
+) -> nn.Module:
+    width = dim * len(spec.sequence)
+    options = config.model_dump(exclude={"type", "probe", "codebook", "search_weight", "key"})
     if isinstance(config, UxSidConfig):
-        return UxSID(dim, probe_dim, probe_start=probe_start, **options)
+        return UxSID(width, dim, probe_start=probe_start, **options)
     if isinstance(config, HiSacConfig):
-        return HiSAC(dim, codewords[config.codebook], **options)
-    return MODULES[config.type](dim, **options)
+        return HiSAC(width, codewords[config.codebook], **options)
+    if isinstance(config, HyTrecConfig) and config.key is not None:
+        return HyTRec(width, key_start=_start(f"{block}.key", config.key, spec, dim), key_width=dim, **options)
+    return MODULES[config.type](width, **options)

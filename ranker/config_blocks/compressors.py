@@ -104,6 +104,15 @@ class HyTrecConfig(Strict):
         description="of the gates at first; -4: a memory of thousands of events, within period_s; 0: of some tens",
     )
     agreement: bool = Field(default=True, description="what is read of a state, also times the candidate's own value")
+    key: str | None = Field(
+        default=None,
+        description="a feature of features.sequence that keys and queries are made of at first, such as item.sid_1; "
+        "none: of all features",
+    )
+    key_dim: int = Field(default=32, ge=0, description="d_k, slots of a head's state; 0: width / heads")
+    sharpness: float = Field(
+        default=4.0, ge=0, allow_inf_nan=False, description="of the softmax over slots in queries and keys; 0: none"
+    )
     next_item_weight: float = Field(default=0.0, ge=0, description="of the loss of predicting the next event; 0: off")
     next_items: int = Field(default=8, ge=1, description="positions of a history that it is computed for, the latest")
 

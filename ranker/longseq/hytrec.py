@@ -9,9 +9,10 @@ and attends to the short branch; its `read` is free of L.
 Chosen where the published text is open: layers are pre-norm residual, with a feed-forward net; the softmax layers of
 the long branch see a window of the latest events, not all, so that work stays proportional to Σ L (`window = 0`: all);
 no positions are added, order and time enter by the delta rule and by τ. S_L is brought to a root mean square of 1, so
-that what is read does not grow with L. Beside what a candidate reads of a state stands its product with the value that
-an event like the candidate has, without the bias: keys of many interests overlap in a state of few dimensions, and
-whether key and value both agree tells them apart.
+that what is read does not grow with L. What a candidate reads of a state is taken apart into its direction, the mean
+value of the events like the candidate, and the logarithm of its size, which tells how many those were: of an interest
+that one event in a hundred is about, a read is a hundred times smaller than of one that all are. Beside them stands the
+product with the value that an event like the candidate has, without the bias: whether key and value both agree.
 
 With `decay="state"` nothing in the long branch depends on the request's time, and all of it is causal: requests whose
 windows begin at one event, those of a row, share one pass over the events up to the last one's split, and each takes
@@ -24,7 +25,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ranker.longseq.hytrec_layers import LocalSoftmax, ShortSoftmax, Tadn, Tokens, levelled, unit
+from ranker.longseq.hytrec_layers import LocalSoftmax, ShortSoftmax, Tadn, Tokens, in_slots, levelled
 from ranker.longseq.hytrec_passes import Passes, between, pass_a_row, pass_each
 from ranker.longseq.protocol import History, Probes, Target, compact, latest
 from ranker.longseq.stored import Stored, restore_parts, store_parts
@@ -40,7 +41,7 @@ from ranker.ops.short_attention import short_attention
 class HybridMemory(NamedTuple):
     """What a candidate reads, at most :meth:`HyTRec.memory_bytes` a request.
 
-    state: `[R, n · h, dk, dv]`, S_L of the n linear layers, levelled; pooled: `[R, width]`.
+    state: `[R, n · h, dk, d_head]`, S_L of the n linear layers, levelled; pooled: `[R, width]`.
     k, v: `[S, h, d_head]` of the short branch, those of request r in ``start[r] : end[r]``.
     predicted, following: `[P, width]`, event: `[P]`: for the block's own loss, empty outside training; not stored.
     """
@@ -88,7 +89,11 @@ class HyTRec(nn.Module):
 
     Args:
         dim: width of events and candidates.
-        width, heads: width of token states and of the output; each head has width / heads of it.
+        width, heads: width of token states and of the output; each head has d_head = width / heads of it.
+        key_dim: dk, slots of each head's state; 0: d_head.
+        sharpness: of the softmax that spreads queries and keys over the slots; 0: none.
+        key_start, key_width: where in an event and in a candidate stands what keys are made of at first, such as the
+            embedding of a semantic ID, at most `width` wide; −1: they are made of all.
         layers: N, of the long branch; ratio: r, linear layers before each softmax layer.
         short_length: events of the short branch.
         period_s: in which τ, or the state, falls to 1/e.
@@ -98,7 +103,7 @@ class HyTRec(nn.Module):
         feed_forward: hidden width of the feed-forward nets, in widths.
         window: tokens that the long branch's softmax layers see; 0: all, at a cost of Σ L².
         gate_bias: of the gates, at first. An event erases about σ(gate_bias) / 2 of what the state has for its key, at
-            least 1e-3 of its write strength, and a 1 / d_head of that for another: 0 begins with a memory of some tens
+            least 1e-3 of its write strength, and less for others: 0 begins with a memory of some tens
             of events, −4 with one of thousands, as far as `period_s` lets it.
         agreement: False leaves out the products of what is read with the candidate's own value.
         chunk: tokens that the delta rule works on at once; the result does not depend on it.
@@ -125,6 +130,10 @@ class HyTRec(nn.Module):
         chunk: int = 32,
         next_item_weight: float = 0.0,
         next_items: int = 8,
+        key_dim: int = 32,
+        sharpness: float = 4.0,
+        key_start: int = -1,
+        key_width: int = 0,
     ) -> None:
         super().__init__()
         for name, value in (("layers", layers), ("ratio", ratio), ("short_length", short_length), ("chunk", chunk)):
@@ -132,6 +141,12 @@ class HyTRec(nn.Module):
                 raise ValueError(f"{name}: {value}; must be at least 1")
         if heads < 1 or width % heads:
             raise ValueError(f"heads: {heads}; must divide width ({width})")
+        if key_dim < 0 or sharpness < 0:
+            raise ValueError(f"key_dim: {key_dim}, sharpness: {sharpness}; must not be negative")
+        if key_start >= 0 and key_width > width:
+            raise ValueError(
+                f"width: {width}; must be at least that of what keys start from ({key_width}): raise width"
+            )
         if period_s <= 0:
             raise ValueError(f"period_s: {period_s}; must be positive, in seconds")
         if decay not in ("now", "state"):
@@ -139,16 +154,18 @@ class HyTRec(nn.Module):
         if deviation not in ("mean", "previous"):
             raise ValueError(f"deviation: {deviation!r}; must be 'mean' or 'previous'")
         self.out_dim = width
+        self.key_dim, self.sharpness = key_dim if key_dim > 0 else width // heads, sharpness
         self.width, self.heads, self.length, self.short_length = width, heads, length, short_length
         self.period_ms, self.decay_by_age, self.from_mean = 1000.0 * period_s, decay == "now", deviation == "mean"
+        self.small_read = 1e-4  # of a mean square: below it a read found nothing
         self.next_item_weight, self.next_items = next_item_weight, next_items
 
         self.event = nn.Linear(dim, width)
         kinds = [(i + 1) % (ratio + 1) > 0 for i in range(layers)]
         self.layers = nn.ModuleList(
-            Tadn(width, heads, feed_forward, chunk, gate_bias)
+            Tadn(width, heads, self.key_dim, feed_forward, chunk, gate_bias, sharpness)
             if linear
-            else LocalSoftmax(width, heads, feed_forward, window)
+            else LocalSoftmax(width, heads, self.key_dim, feed_forward, window)
             for linear in kinds
         )
         self.linear_layers = sum(kinds)
@@ -157,24 +174,35 @@ class HyTRec(nn.Module):
         self.short_norm = nn.LayerNorm(width)
         self.key_value = nn.Linear(width, 2 * width, bias=False)
         # of the candidate: a query for each linear layer's state, and one for the short branch
-        self.query = nn.Linear(dim, (self.linear_layers + 1) * width, bias=False)
+        self.query = nn.Linear(dim, self.linear_layers * heads * self.key_dim + width, bias=False)
         # and its own value, beside what it reads of each of these states
         self.value = nn.Linear(dim, self.linear_layers * width, bias=False) if agreement else None
-        self._start_alike()
-        self.out = nn.Linear(((2 if agreement else 1) * self.linear_layers + 1) * width, width)
+        self._start_alike(key_start, key_width)
+        # direction and size of each read, the short branch's answer and the products
+        self.out = nn.Linear(
+            ((2 if agreement else 1) * self.linear_layers + 1) * width + self.linear_layers * heads, width
+        )
         self.pooled_out = nn.Linear(width, width, bias=False)  # W_out [reads; pooled], the latter once per request
         predicts = next_item_weight > 0
         self.predict = nn.Linear(width, width) if predicts else None
         self.follow = nn.Linear(dim, width) if predicts else None
 
-    def _start_alike(self) -> None:
+    def _start_alike(self, key_start: int, key_width: int) -> None:
         """Queries ask for the keys that an event like the candidate would have, and its own values are those of such an
         event but for their bias, were there no layer between; events have no bias, which beside small embeddings would
-        make all of them alike to the first LayerNorm."""
+        make all of them alike to the first LayerNorm. What keys are made of at first has token states' first numbers to
+        itself, and keys of all layers begin with these alone."""
         nn.init.orthogonal_(self.event.weight)
         nn.init.zeros_(self.event.bias)
-        of_events = [layer.projection.weight.split(self.width) for layer in self.layers if isinstance(layer, Tadn)]
+        linear = [layer for layer in self.layers if isinstance(layer, Tadn)]
         with torch.no_grad():
+            if key_start >= 0:
+                _apart(self.event.weight, key_start, key_width)
+                for layer in linear:
+                    layer.projection.weight[: 2 * layer.keys, key_width:] = 0.0
+            of_events = [
+                layer.projection.weight.split([layer.keys, layer.keys, self.width, self.heads]) for layer in linear
+            ]
             keys = [rows[1] for rows in of_events]
             self.query.weight.copy_(torch.cat([*keys, self.key_value.weight[: self.width]]) @ self.event.weight)
             if self.value is not None:
@@ -184,7 +212,7 @@ class HyTRec(nn.Module):
         """What a store keeps of a request at most: no L in it."""
         d = self.width // self.heads
         return number_bytes * (
-            self.linear_layers * self.heads * d * d + self.width + 2 * self.short_length * self.width
+            self.linear_layers * self.heads * self.key_dim * d + self.width + 2 * self.short_length * self.width
         )
 
     def encode(self, history: History, probes: Probes) -> HybridMemory:
@@ -203,15 +231,19 @@ class HyTRec(nn.Module):
         return HybridMemory(long.state, pooled, k, v, short.start, short.end, predicted, following, event)
 
     def read(self, memory: HybridMemory, target: Target) -> Tensor:
-        """S_Lᵀ q of every linear layer, alone and times the candidate's value, the long branch's mean and what the
-        short branch answers: `[N, width]`."""
+        """Direction and size of S_Lᵀ q of every linear layer, its direction times the candidate's value, the long
+        branch's mean and what the short branch answers: `[N, width]`."""
         tiles = tiles_of(target.offsets, elements=target.x.size(0))
-        q = in_tiles(self.query(target.x).unflatten(1, [(self.linear_layers + 1) * self.heads, -1]), tiles)
-        of_states, of_short = q.split([self.linear_layers * self.heads, self.heads], 2)
-        of_state = read_state(unit(of_states), tiles, memory.state)
+        of_states, of_short = self.query(target.x).split([self.query.out_features - self.width, self.width], 1)
+        of_states = in_slots(of_states.unflatten(1, [self.linear_layers * self.heads, -1]), self.sharpness)
+        of_short = in_tiles(of_short.unflatten(1, [self.heads, -1]), tiles)
+        of_state = read_state(in_tiles(of_states, tiles), tiles, memory.state)
+        size = of_state.square().mean(3, keepdim=True) + self.small_read
+        of_state = of_state * size.rsqrt()
         found = [
             of_state.flatten(2),
             short_attention(of_short, tiles, memory.k, memory.v, memory.start, memory.end).flatten(2),
+            size.log().flatten(2),
         ]
         if self.value is not None:
             own = in_tiles(self.value(target.x).unflatten(1, [self.linear_layers * self.heads, -1]), tiles)
@@ -229,12 +261,14 @@ class HyTRec(nn.Module):
     def restore(self, stored: Stored, now: Tensor) -> HybridMemory:
         """A lost record has zero states and no keys."""
         values, d = stored.lengths[:, 0], self.width // self.heads
-        states, head = [self.linear_layers * self.heads, d, d], [self.heads, d]
+        states, head = [self.linear_layers * self.heads, self.key_dim, d], [self.heads, d]
         one = (values > 0).long()
-        count = torch.div(values - one * (states[0] * d * d + self.width), 2 * self.width, rounding_mode="floor")
+        count = torch.div(
+            values - one * (states[0] * self.key_dim * d + self.width), 2 * self.width, rounding_mode="floor"
+        )
         parts = restore_parts(stored.values, values, [one, one, count, count], [states, [self.width], head, head])
         kept = one.nonzero().squeeze(1)
-        state = torch.zeros([one.numel(), states[0], d, d], dtype=parts[0].dtype, device=parts[0].device)
+        state = torch.zeros([one.numel(), states[0], self.key_dim, d], dtype=parts[0].dtype, device=parts[0].device)
         pooled = torch.zeros([one.numel(), self.width], dtype=parts[1].dtype, device=parts[1].device)
         state, pooled = state.index_copy(0, kept, parts[0]), pooled.index_copy(0, kept, parts[1])
         offsets, none = offsets_of(count), pooled[:0]
@@ -323,3 +357,13 @@ class HyTRec(nn.Module):
         token = long.end.unsqueeze(1) - 1 - back  # [R, next_items]
         real = token >= long.first.unsqueeze(1)
         return token[real], (split.unsqueeze(1) - back)[real]
+
+
+def _apart(weight: Tensor, start: int, width: int) -> None:
+    """Map `[d, dim]` columns ``start : start + width`` to the first `width` rows and all others to the other rows, each
+    by a (semi-)orthogonal matrix."""
+    weight.zero_()
+    nn.init.orthogonal_(weight[:width, start : start + width])
+    others = torch.tensor([i for i in range(weight.size(1)) if not start <= i < start + width], dtype=torch.int64)
+    if others.numel() > 0 and width < weight.size(0):
+        weight[width:, others] = nn.init.orthogonal_(torch.empty(weight.size(0) - width, others.numel()))

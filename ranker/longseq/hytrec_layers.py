@@ -4,9 +4,13 @@ A layer is residual with the norm before it: x + attention(LayerNorm(x)), then x
 state" of the equations is the normalised one. All are causal.
 
 Chosen where the published text is open: values have a bias, so that a state tells how much it holds of a key whatever
-that was. What a head reads of its state is brought to unit root mean square (as in Gated DeltaNet, Yang et al. 2024),
-for a state that forgets little grows with the history; a read that found next to nothing stays small, for its direction
-is chance, and rounding may turn it. Gates begin almost closed, and layers with a memory of thousands of events.
+that was. Queries and keys pass a softmax before they are normalised: linear ones of many interests overlap in a state
+of few dimensions, and what is read of one interest is drowned by the others; after a softmax tokens that are alike fall
+into the same few of d_k slots, and an event erases next to nothing of the other slots. What a head reads of its state
+is brought to unit root mean square (as in Gated DeltaNet, Yang et al. 2024), for a state that forgets little grows with
+the history; a read that found next to nothing stays small, for its direction is chance, and rounding may turn it. Gates
+begin almost closed, with a memory of thousands of events, and layers begin as the identity: until they have learned
+something to add, the keys of all are made of the events.
 """
 
 from typing import NamedTuple
@@ -59,6 +63,11 @@ def levelled(x: Tensor, epsilon: float = 1e-5) -> Tensor:
     return x * (x.square().mean(-1, keepdim=True) + epsilon).rsqrt()
 
 
+def in_slots(x: Tensor, sharpness: float) -> Tensor:
+    """Queries or keys `[..., dk]`, of unit length: softmax of `sharpness` times the levelled numbers; 0: no softmax."""
+    return unit(torch.softmax(sharpness * levelled(x), -1) if sharpness > 0 else x)
+
+
 class FeedForward(nn.Module):
     """x + W2 silu(W1 LayerNorm(x))."""
 
@@ -77,19 +86,25 @@ class Tadn(nn.Module):
     """Temporal-aware delta network: what a token writes is blended with its deviation from the
     past, more for recent events, and the state forgets what it knows of a key in proportion to the same gate."""
 
-    def __init__(self, width: int, heads: int, feed_forward: int, chunk: int, gate_bias: float) -> None:
+    def __init__(
+        self, width: int, heads: int, key_dim: int, feed_forward: int, chunk: int, gate_bias: float, sharpness: float
+    ) -> None:
         super().__init__()
-        self.heads, self.chunk, self.least_gate, self.small_read = heads, chunk, 1e-3, 0.1
+        self.heads, self.keys, self.sharpness = heads, heads * key_dim, sharpness
+        self.chunk, self.least_gate, self.small_read = chunk, 1e-3, 0.1
         self.norm = nn.LayerNorm(width)
         self.dynamic = nn.Linear(2 * width, width)
         self.static = nn.Linear(width, width)
         self.balance = nn.Parameter(torch.zeros([]))  # a = σ(balance)
         nn.init.constant_(self.dynamic.bias, gate_bias)
         nn.init.constant_(self.static.bias, gate_bias)
-        self.projection = nn.Linear(width, 3 * width + heads, bias=False)  # q, k, v, β
+        self.projection = nn.Linear(width, 2 * self.keys + width + heads, bias=False)  # q, k, v, β
         self.value_bias = nn.Parameter(torch.randn(width))
         self.out = nn.Linear(width, width)
         self.feed_forward = FeedForward(width, feed_forward)
+        for last in (self.out, self.feed_forward.down):
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
 
     def gates(self, x: Tensor, deviation: Tensor, tau: Tensor) -> Tensor:
         """g_t = a σ(W_g [x; Δx] + b_g) ⊙ τ + (1 − a) σ(W_s x + b_s): `[T, width]`, in (0, 1)."""
@@ -104,9 +119,8 @@ class Tadn(nn.Module):
         deviation = deviations(y, tokens)
         g = self.gates(y, deviation, tokens.tau)
         blended = torch.lerp(y, deviation, g)  # x̃ = g ⊙ Δx + (1 − g) ⊙ x
-        width = x.size(1)
-        qk, v, beta = self.projection(blended).split([2 * width, width, self.heads], 1)
-        q, k = unit(qk.unflatten(1, [2, self.heads, -1])).unbind(1)
+        qk, v, beta = self.projection(blended).split([2 * self.keys, x.size(1), self.heads], 1)
+        q, k = in_slots(qk.unflatten(1, [2, self.heads, -1]), self.sharpness).unbind(1)
         v, beta = (v + self.value_bias).unflatten(1, [self.heads, -1]), torch.sigmoid(beta)
         erase = beta * g.unflatten(1, [self.heads, -1]).mean(2).clamp(min=self.least_gate)  # ĝ β
         log_decay = tokens.log_decay if tokens.log_decay.size(1) > 0 else None
@@ -122,21 +136,21 @@ class Tadn(nn.Module):
 class LocalSoftmax(nn.Module):
     """Causal multi-head softmax attention to the latest `window` tokens (0: to all, at a cost of Σ L²)."""
 
-    def __init__(self, width: int, heads: int, feed_forward: int, window: int) -> None:
+    def __init__(self, width: int, heads: int, key_dim: int, feed_forward: int, window: int) -> None:
         super().__init__()
-        self.heads, self.window = heads, window
+        self.heads, self.key_dim, self.window = heads, key_dim, window
         self.norm = nn.LayerNorm(width)
         self.projection = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width)
         self.feed_forward = FeedForward(width, feed_forward)
 
     def forward(self, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """States `[T, width]`; the new ones, and no S: `[P, 0, d_head, d_head]`, or R of them."""
+        """States `[T, width]`; the new ones, and no S: `[P, 0, dk, d_head]`, or R of them."""
         q, k, v = self.projection(self.norm(x)).unflatten(1, [3, self.heads, -1]).unbind(1)
         o = local_attention(q, k, v, tokens.offsets, self.window)
         at = tokens.at
         states = tokens.offsets.numel() - 1 if at is None else at.numel()
-        no_state = torch.zeros([states, 0, q.size(2), q.size(2)], dtype=x.dtype, device=x.device)
+        no_state = torch.zeros([states, 0, self.key_dim, q.size(2)], dtype=x.dtype, device=x.device)
         return self.feed_forward(x + self.out(o.flatten(1))), no_state
 
 

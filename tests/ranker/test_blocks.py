@@ -266,6 +266,16 @@ REFUSED_BY_THE_DATA = {
         "features.sequence=[item, item.category]",
         r"model.long\[1\].probe: 'item.sid_1' is not in features.sequence, which has item, item.category; add it there",
     ),
+    "keys of no feature": (
+        "{type: hytrec, key: item.sid_1}",
+        "features.sequence=[item, item.category]",
+        r"model.long\[0\].key: 'item.sid_1' is not in features.sequence, which has item, item.category; add it there",
+    ),
+    "keys wider than token states": (
+        "{type: hytrec, key: item.sid_1, width: 4, heads: 1}",
+        "features.codes=[]",
+        r"model.long\[0\]: width: 4; must be at least that of what keys start from \(8\): raise width",
+    ),
     "a search's probe that is no code": (
         SEARCHES["sim_hard"],
         "features.codes=[item.sid_2]",

@@ -30,7 +30,7 @@ from tests.ranker.histories import (
     shapes,
 )
 
-DIM, HEADS, D = 5, 2, 3
+DIM, HEADS, D, KEYS = 5, 2, 3, 4
 PERIOD_S = 20_000.0  # a few events' gaps, so that τ is neither 0 nor 1
 any_shape = st.one_of(shapes(), st.sampled_from(list(EDGES.values())))
 decays, deviations = st.sampled_from(["now", "state"]), st.sampled_from(["mean", "previous"])
@@ -38,7 +38,7 @@ decays, deviations = st.sampled_from(["now", "state"]), st.sampled_from(["mean",
 
 def block_of(**options: Any) -> HyTRec:
     """A small block with random float64 weights: three linear layers and a softmax one, unless told otherwise."""
-    small = {"layers": 4, "short_length": 4, "window": 3, "chunk": 8}
+    small = {"layers": 4, "short_length": 4, "window": 3, "chunk": 8, "key_dim": KEYS, "sharpness": 2.0}
     block = HyTRec(DIM, width=HEADS * D, heads=HEADS, period_s=PERIOD_S, **{**small, **options})
     randomise(block)
     return block
@@ -88,8 +88,10 @@ def level(x: Tensor, small: float) -> Tensor:
     return x / (x.square().mean() + small).sqrt()
 
 
-def direction(x: Tensor) -> Tensor:
-    """Of one head's query or key."""
+def in_slots(block: HyTRec, x: Tensor) -> Tensor:
+    """One head's query or key."""
+    if block.sharpness:
+        x = torch.softmax(block.sharpness * level(x, 1e-5), 0)
     return x / (x.square().sum() + 1e-6).sqrt()
 
 
@@ -99,7 +101,8 @@ def tadn_layer(
     """Step 4 of the method, token by token, S in the paper's d_v × d_k; the outputs and each head's last S."""
     period_ms = 1000 * PERIOD_S
     a = torch.sigmoid(layer.balance)
-    states = [torch.zeros(D, D, dtype=torch.float64) for _ in range(HEADS)]
+    n = block.key_dim
+    states = [torch.zeros(D, n, dtype=torch.float64) for _ in range(HEADS)]
     normed = [norm(layer.norm, token) for token in x]
     out: list[Tensor] = []
     for t, token in enumerate(normed):
@@ -114,17 +117,17 @@ def tadn_layer(
         assert (g > 0).all()
         assert (g < 1).all()
         mixed = g * deviation + (1 - g) * token
-        q, k, v, beta = affine(layer.projection, mixed).split([HEADS * D] * 3 + [HEADS])
+        q, k, v, beta = affine(layer.projection, mixed).split([HEADS * n, HEADS * n, HEADS * D, HEADS])
         read: list[Tensor] = []
         for h in range(HEADS):
             of = slice(h * D, (h + 1) * D)
-            unit_q, unit_k = direction(q[of]), direction(k[of])
+            unit_q, unit_k = (in_slots(block, x[h * n : (h + 1) * n]) for x in (q, k))
             strength = torch.sigmoid(beta[h])
             forget = g[of].mean().clamp(min=1e-3) * strength
             state = states[h]
             if not block.decay_by_age and t:
                 state = state * math.exp(-(time_ms[t] - time_ms[t - 1]) / period_ms)
-            state = state @ (torch.eye(D, dtype=torch.float64) - forget * torch.outer(unit_k, unit_k))
+            state = state @ (torch.eye(n, dtype=torch.float64) - forget * torch.outer(unit_k, unit_k))
             states[h] = state + strength * torch.outer(v[of] + layer.value_bias[of], unit_k)
             read.append(level(states[h] @ unit_q, 1e-2))
         out.append(feed(layer.feed_forward, x[t] + affine(layer.out, torch.cat(read))))
@@ -156,17 +159,21 @@ def reference(block: HyTRec, batch: Shape, history: History, target: Target) -> 
         y = softmax_layer(block.short, y, 0, causal=False) if y else y
         pairs = [affine(block.key_value, norm(block.short_norm, token)).chunk(2) for token in y]
         for n in range(batch.offsets[r], batch.offsets[r + 1]):
-            queries = affine(block.query, target.x[n]).split(width)
+            queries = affine(block.query, target.x[n])
             own = affine(block.value, target.x[n]).split(width) if block.value else []
             found: list[Tensor] = []
+            sizes: list[Tensor] = []
             agreed: list[Tensor] = []
             for i, last in enumerate(states):
                 for h in range(HEADS):
-                    of = slice(h * D, (h + 1) * D)
-                    found.append(level(last[h], 1e-5) @ direction(queries[i][of]))
+                    of, first = slice(h * D, (h + 1) * D), (i * HEADS + h) * block.key_dim
+                    read = level(last[h], 1e-5) @ in_slots(block, queries[first : first + block.key_dim])
+                    found.append(level(read, 1e-4))
+                    sizes.append((read.square().mean() + 1e-4).log().view(1))
                     agreed += [found[-1] * level(own[i][of], 1e-5)] if block.value else []
-            answer = attend(queries[-1], [k for k, _ in pairs], [v for _, v in pairs])
-            rows.append(affine(block.out, torch.cat([*found, answer, *agreed])) + affine(block.pooled_out, pooled))
+            answer = attend(queries[-width:], [k for k, _ in pairs], [v for _, v in pairs])
+            outputs = torch.cat([*found, answer, *sizes, *agreed])
+            rows.append(affine(block.out, outputs) + affine(block.pooled_out, pooled))
     return torch.stack(rows) if rows else torch.zeros(0, width, dtype=torch.float64)
 
 
@@ -194,6 +201,17 @@ SMALL_EDGES = [name for name in EDGES if name != "longer than a chunk and than a
 def test_equals_the_loop_at_the_edges(decay: str, deviation: str, agreement: bool):
     """On the batches that break things, with three linear layers to one of softmax."""
     block = block_of(decay=decay, deviation=deviation, agreement=agreement)
+    check_edges(block)
+
+
+def test_equals_the_loop_without_the_softmax_over_slots():
+    """And with as many slots as a head has dimensions."""
+    block = block_of(sharpness=0.0, key_dim=0, decay="state")
+    assert block.key_dim == D
+    check_edges(block)
+
+
+def check_edges(block: HyTRec) -> None:
     for name in SMALL_EDGES:
         check(block, EDGES[name])
 
@@ -343,9 +361,31 @@ def test_starts_with_a_long_memory_and_alike():
         block = HyTRec(DIM, width=HEADS * D, heads=HEADS, layers=2, ratio=2, gate_bias=bias, decay="state").double()
         gates = torch.cat([layer.gate for layer in block.gates(history).layers])
         assert (gates.mean().logit() - bias).abs() < 0.3
-        _, k, v, _ = block.layers[0].projection(block.event(target.x)).split([HEADS * D] * 3 + [HEADS], 1)
-        torch.testing.assert_close(block.query(target.x)[:, : HEADS * D], k)
+        keys = block.layers[0].keys
+        _, k, v, _ = block.layers[0].projection(block.event(target.x)).split([keys, keys, HEADS * D, HEADS], 1)
+        torch.testing.assert_close(block.query(target.x)[:, :keys], k)
         torch.testing.assert_close(block.value(target.x)[:, : HEADS * D], v)
+
+
+def test_keys_start_from_one_feature():
+    """Events that have it in common write to the same slots, in every layer, whatever else they are; the values of all
+    features are kept."""
+    torch.manual_seed(0)
+    block = HyTRec(DIM, width=HEADS * D, heads=HEADS, decay="state", key_start=2, key_width=2).double()
+    history, _ = inputs_of(shape([60], [(0, 0, 60)], [1]), DIM)
+    other = history.x + 1.0
+    other[:, 2:4] = history.x[:, 2:4]
+    assert torch.linalg.matrix_rank(block.event.weight) == DIM
+    for layer in block.layers:
+        if isinstance(layer, Tadn):
+            k, v = (
+                (w := layer.projection.weight @ block.event.weight)[layer.keys : 2 * layer.keys],
+                w[2 * layer.keys :],
+            )
+            torch.testing.assert_close(other @ k.t(), history.x @ k.t())
+            assert not torch.allclose(other @ v.t(), history.x @ v.t())
+            x = torch.randn(7, HEADS * D, dtype=torch.float64)
+            torch.testing.assert_close(layer.feed_forward(x + layer.out(x)), x)  # the identity at first
 
 
 def test_what_is_read_does_not_grow_with_the_history():
@@ -427,6 +467,8 @@ def test_scores_of_the_next_item_come_from_the_past_alone():
         ({"short_length": 0}, "short_length: 0; must be at least 1"),
         ({"period_s": 0.0}, "period_s: 0.0; must be positive"),
         ({"decay": "both"}, "decay: 'both'; must be 'now' or 'state'"),
+        ({"key_dim": -1}, "key_dim: -1, .*must not be negative"),
+        ({"width": 8, "key_start": 0, "key_width": 16}, r"width: 8; must be at least .*\(16\): raise width"),
         ({"deviation": "none"}, "deviation: 'none'; must be 'mean' or 'previous'"),
     ],
 )
