@@ -157,7 +157,7 @@ class HyTRec(nn.Module):
         self.key_dim, self.sharpness = key_dim if key_dim > 0 else width // heads, sharpness
         self.width, self.heads, self.length, self.short_length = width, heads, length, short_length
         self.period_ms, self.decay_by_age, self.from_mean = 1000.0 * period_s, decay == "now", deviation == "mean"
-        self.small_read = 1e-4  # of a mean square: below it a read found nothing
+        self.small_read = 0.01  # a root mean square: a read below it found next to nothing
         self.next_item_weight, self.next_items = next_item_weight, next_items
 
         self.event = nn.Linear(dim, width)
@@ -238,7 +238,7 @@ class HyTRec(nn.Module):
         of_states = in_slots(of_states.unflatten(1, [self.linear_layers * self.heads, -1]), self.sharpness)
         of_short = in_tiles(of_short.unflatten(1, [self.heads, -1]), tiles)
         of_state = read_state(in_tiles(of_states, tiles), tiles, memory.state)
-        size = of_state.square().mean(3, keepdim=True) + self.small_read
+        size = of_state.square().mean(3, keepdim=True) + self.small_read**2
         of_state = of_state * size.rsqrt()
         found = [
             of_state.flatten(2),
