@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Generator
@@ -14,18 +13,10 @@ from pathlib import Path
 
 import redis
 
+from tests.free_ports import free_port
+
 SERVER, CLI = shutil.which("redis-server"), shutil.which("redis-cli")
 START_S = 20.0
-
-
-def free_port(at_most: int = 65535) -> int:
-    """A port that nothing listens on now."""
-    while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        if port <= at_most:
-            return port
 
 
 class RedisServer:
@@ -43,28 +34,20 @@ class RedisServer:
     def start(self) -> RedisServer:
         assert SERVER is not None
         command = [SERVER, "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
-        log = (self.folder / "log").open("ab")
-        self.process = subprocess.Popen(
-            [*command, "--dir", str(self.folder), *self.options], stdout=log, stderr=log, stdin=subprocess.DEVNULL
-        )
-        log.close()
-        self.answers()
-        return self
-
-    def answers(self) -> None:
-        """Wait until it does."""
-        assert self.process is not None
+        log = self.folder / "log"
+        with log.open("wb") as written:
+            self.process = subprocess.Popen(
+                [*command, "--dir", str(self.folder), *self.options],
+                stdout=written,
+                stderr=written,
+                stdin=subprocess.DEVNULL,
+            )
         end = time.monotonic() + START_S
-        while True:
-            try:
-                with socket.create_connection(("127.0.0.1", self.port), 1) as wire:
-                    wire.sendall(b"PING\r\n")
-                    if wire.recv(64):
-                        return
-            except OSError:
-                if self.process.poll() is not None or time.monotonic() > end:
-                    raise RuntimeError(f"redis-server: {(self.folder / 'log').read_text()}") from None
-                time.sleep(0.02)
+        while b"Ready to accept connections" not in log.read_bytes():  # at this port, another server may answer
+            if self.process.poll() is not None or time.monotonic() > end:
+                raise RuntimeError(f"redis-server: {log.read_text()}")
+            time.sleep(0.02)
+        return self
 
     def send(self, number: signal.Signals) -> None:
         assert self.process is not None

@@ -23,7 +23,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from ranker.training.clock import PARTS
 from tests.benchmarks.machine import machine
-from tests.ranker.started_ranks import ROOT, free_port
+from tests.free_ports import free_port
+from tests.ranker.started_ranks import ROOT
 
 
 def scalars_of(run: Path, skipped: int) -> dict[str, float]:

@@ -13,7 +13,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.ranker.started_ranks import free_port
+from tests.free_ports import free_port
 
 ROOT = Path(__file__).parents[2]
 COMPONENTS = ROOT / "launch" / "components.py"

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from tests.ranker.started_ranks import free_port
+from tests.free_ports import free_port
 
 NODES = ("127.0.0.1", "127.0.0.2")
 """names that are addresses of the loopback: they need no entry in a hosts file"""

@@ -24,7 +24,7 @@ from ranker.evaluation.metrics import (
     task_metrics,
 )
 from ranker.native_threads import wait_until_idle
-from tests.ranker.started_ranks import free_port
+from tests.free_ports import free_port
 
 
 def reference_metrics(user: np.ndarray, label: np.ndarray, score: np.ndarray) -> BinaryMetrics:

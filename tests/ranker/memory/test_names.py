@@ -15,9 +15,10 @@ from ranker.memory import names as module
 from ranker.memory.names import Names
 from ranker.memory.reader import MemoryReader
 from ranker.memory.store import open_store
+from tests.free_ports import free_port
 from tests.ranker.memory.stored_memories import VERSIONS, build, generation_of
 from tests.ranker.memory.test_outages import SLACK_S, failures, lost, reader_of, until_found
-from tests.redis_servers import RedisServer, free_port
+from tests.redis_servers import RedisServer
 
 PORT = 6379
 SYSTEM = socket.getaddrinfo

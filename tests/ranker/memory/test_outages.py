@@ -17,8 +17,9 @@ import torch
 
 from ranker.memory.reader import MemoryReader
 from ranker.memory.store import StoreError, open_store
+from tests.free_ports import free_port
 from tests.ranker.memory.stored_memories import CODES, VERSIONS, build, expected, generation_of, probes_of, put
-from tests.redis_servers import CLI, SERVER, RedisServer, free_port, redis_server
+from tests.redis_servers import CLI, SERVER, RedisServer, redis_server
 
 SLACK_S = 0.5
 """a loaded machine runs us late; a read that waits for the server takes seconds"""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from launch.components import RESTARTED
-from tests.ranker.started_ranks import free_port
+from tests.free_ports import free_port
 
 ROOT = Path(__file__).parents[3]
 
