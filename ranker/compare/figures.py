@@ -11,7 +11,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator
 from numpy.typing import NDArray
 
 from ranker.compare.pareto import pareto_front
@@ -129,6 +129,7 @@ def by_cost(results: Results, task: Task) -> Figure:
         length = result.row.shown_length
         axes.annotate(length, (costs[i], values[i]), xytext=(5, 4), textcoords="offset points", fontsize=7, color=DARK)
     axes.set_xscale("log")
+    axes.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))  # or labels would run into one another
     for axis in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
         axis(FuncFormatter(lambda x, _: f"{x:g}"))
     axes.tick_params(axis="x", which="both", labelsize=8)
