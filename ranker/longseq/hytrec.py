@@ -43,7 +43,8 @@ class HybridMemory(NamedTuple):
 
     state: `[R, n · h, dk, d_head]`, S_L of the n linear layers, levelled; pooled: `[R, width]`.
     k, v: `[S, h, d_head]` of the short branch, those of request r in ``start[r] : end[r]``.
-    predicted, following: `[P, width]`, event: `[P]`: for the block's own loss, empty outside training; not stored.
+    predicted: `[P, width]`, following: `[E, width]`, event, times: `[P]`: for the block's own loss, as
+    :func:`~ranker.ops.next_item.in_batch_softmax` takes them; empty outside training; not stored.
     """
 
     state: Tensor
@@ -55,6 +56,7 @@ class HybridMemory(NamedTuple):
     predicted: Tensor
     following: Tensor
     event: Tensor
+    times: Tensor
 
 
 class LongOutputs(NamedTuple):
@@ -224,11 +226,12 @@ class HyTRec(nn.Module):
         short = compact(between(history, split, history.end))
         outputs = self.short_norm(self.short(self.event(short.x), offsets_of(short.end - short.start)))
         k, v = self.key_value(outputs).unflatten(1, [2, self.heads, -1]).unbind(1)
-        predicted, following, event = long.x[:0], long.x[:0], split[:0]
+        predicted, following, event, times = long.x[:0], long.x[:0], split[:0], split[:0]
         if self.predict is not None and self.follow is not None and self.training:
-            token, event = self._next_items(split, long)
-            predicted, following = self.predict(long.x[token]), self.follow(history.x[event])
-        return HybridMemory(long.state, pooled, k, v, short.start, short.end, predicted, following, event)
+            token, event, times = self._next_items(split, long)
+            follows, event = torch.unique(event, return_inverse=True)
+            predicted, following = self.predict(long.x[token]), self.follow(history.x[follows])
+        return HybridMemory(long.state, pooled, k, v, short.start, short.end, predicted, following, event, times)
 
     def read(self, memory: HybridMemory, target: Target) -> Tensor:
         """Direction and size of S_Lᵀ q of every linear layer, its direction times the candidate's value, the long
@@ -272,13 +275,15 @@ class HyTRec(nn.Module):
         pooled = torch.zeros([one.numel(), self.width], dtype=parts[1].dtype, device=parts[1].device)
         state, pooled = state.index_copy(0, kept, parts[0]), pooled.index_copy(0, kept, parts[1])
         offsets, none = offsets_of(count), pooled[:0]
-        return HybridMemory(state, pooled, parts[2], parts[3], offsets[:-1], offsets[1:], none, none, offsets[:0])
+        start, end, no_index = offsets[:-1], offsets[1:], offsets[:0]
+        return HybridMemory(state, pooled, parts[2], parts[3], start, end, none, none, no_index, no_index)
 
     def auxiliary(self, history: History, memory: HybridMemory) -> Tensor:
         """The weighted loss of predicting next events among those of the batch; 0 outside training."""
         if self.next_item_weight == 0.0 or not self.training:
             return history.x.new_zeros([])
-        return self.next_item_weight * in_batch_softmax(memory.predicted, memory.following, memory.event)
+        loss = in_batch_softmax(memory.predicted, memory.following, memory.event, memory.times)
+        return self.next_item_weight * loss
 
     def forward(self, history: History, probes: Probes, target: Target) -> Tensor:
         """`encode` and `read` in one: `[N, out_dim]`."""
@@ -351,12 +356,15 @@ class HyTRec(nn.Module):
             mean = running_mean_plan(offsets, x)
         return Tokens(offsets, tau, log_decay, mean, at)
 
-    def _next_items(self, split: Tensor, long: LongOutputs) -> tuple[Tensor, Tensor]:
-        """The latest tokens that each request has seen, and the events that follow them: `[P]` each."""
+    def _next_items(self, split: Tensor, long: LongOutputs) -> tuple[Tensor, Tensor, Tensor]:
+        """The latest tokens that each request has seen, each token once, the event that follows it, and of how many
+        requests it is: `[P]` each."""
         back = torch.arange(self.next_items, device=split.device)
         token = long.end.unsqueeze(1) - 1 - back  # [R, next_items]
         real = token >= long.first.unsqueeze(1)
-        return token[real], (split.unsqueeze(1) - back)[real]
+        tokens, which, times = torch.unique(token[real], return_inverse=True, return_counts=True)
+        event = torch.empty_like(tokens).index_copy(0, which, (split.unsqueeze(1) - back)[real])  # all the same
+        return tokens, event, times
 
 
 def _apart(weight: Tensor, start: int, width: int) -> None:

@@ -4,20 +4,26 @@ import torch
 from torch import Tensor
 
 
-def in_batch_softmax(predicted: Tensor, following: Tensor, event: Tensor) -> Tensor:
+def in_batch_softmax(predicted: Tensor, following: Tensor, event: Tensor, times: Tensor) -> Tensor:
     """Mean cross-entropy of finding one's own next item among those of the whole batch; 0 for none.
 
+    A batch in which a prediction stands `times` over: as it costs and as often as its event is another's negative, but
+    computed once. The same event twice is not its own negative.
+
     Args:
-        predicted, following: `[P, d]`; their inner products over √d are the logits.
-        event: `[P]` int64; the same event twice is not its own negative.
+        predicted: `[P, d]`; following: `[E, d]`; their inner products over √d are the logits.
+        event: `[P]` int64, which of `following` comes next.
+        times: `[P]` int64, at least 1.
     """
     if predicted.size(0) == 0:
         return predicted.sum() + following.sum()  # 0, and the parameters behind it get a gradient in every step
-    logits = predicted @ following.t() / predicted.size(1) ** 0.5
-    same = event.unsqueeze(1) == event
-    same = same & ~torch.eye(event.numel(), dtype=torch.bool, device=event.device)
-    label = torch.arange(event.numel(), device=event.device)
-    return torch.nn.functional.cross_entropy(logits.masked_fill(same, float("-inf")), label)
+    scaled = predicted / predicted.size(1) ** 0.5
+    many = torch.zeros_like(following[:, 0]).index_add(0, event, times.to(following.dtype)).log()
+    logits = torch.addmm(many, scaled, following.t())
+    logits = logits.scatter_add(1, event.unsqueeze(1), -many[event].unsqueeze(1).to(logits.dtype))
+    own = logits.gather(1, event.unsqueeze(1)).squeeze(1)
+    weight = times.to(logits.dtype)
+    return ((logits.logsumexp(1) - own) * weight).sum() / weight.sum()
 
 
 def _ranks(scores: Tensor, target: Tensor) -> Tensor:

@@ -252,7 +252,9 @@ def test_sharing_a_row_is_having_ones_own(training: bool, batch: Shape, length: 
     def outputs(history: History) -> Tensor:
         memory = block.encode(history, NO_PROBES)
         # the same event in two rows is its own negative: compared is what the loss is made from
-        return torch.cat([block.read(memory, target), memory.predicted, memory.following])
+        losses = (memory.predicted, memory.following[memory.event])
+        sums = [(one * memory.times.unsqueeze(1)).sum(0, keepdim=True) for one in losses]
+        return torch.cat([block.read(memory, target), *sums])
 
     assert_same(outputs(history), outputs(own_rows(history)), [*inputs, *block.parameters()])
 
@@ -432,13 +434,16 @@ def test_the_next_item_loss_is_the_softmax_over_the_batchs_next_items():
     block = block_of(next_item_weight=0.5, next_items=3)
     history, _, inputs = differentiable(*inputs_of(batch, DIM))
     memory = block.encode(history, NO_PROBES)
-    assert memory.event.tolist() == [5, 4, 3, 14, 13, 4, 3, 2]
-    logits = memory.predicted @ torch.stack([affine(block.follow, history.x[i]) for i in memory.event]).t()
+    follows = torch.tensor([2, 3, 4, 5, 13, 14])
+    events = follows[memory.event].repeat_interleave(memory.times).tolist()
+    assert sorted(events) == sorted([5, 4, 3, 14, 13, 4, 3, 2])
+    predicted = memory.predicted.repeat_interleave(memory.times, 0)
+    logits = predicted @ torch.stack([affine(block.follow, history.x[i]) for i in events]).t()
     total = torch.zeros([], dtype=torch.float64)
-    for i, event in enumerate(memory.event.tolist()):
-        others = [j for j, other in enumerate(memory.event.tolist()) if j == i or other != event]
+    for i, event in enumerate(events):
+        others = [j for j, other in enumerate(events) if j == i or other != event]
         total = total - torch.log_softmax(logits[i][others] / (HEADS * D) ** 0.5, 0)[others.index(i)]
-    expected = 0.5 * total / memory.event.numel()
+    expected = 0.5 * total / len(events)
     found = block.auxiliary(history, block.encode(history, NO_PROBES))
     assert_same(found, expected, [*inputs, *block.parameters()])
 
