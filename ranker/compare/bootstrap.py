@@ -5,7 +5,7 @@ twice counts twice in every pair of impressions, so a metric of a draw is that m
 integer weights: no row is copied, and scores are sorted once. Time is O(impressions) a draw, memory O(impressions).
 
 Where a ranker was trained for several seeds, a draw's metric is the mean over them. So the interval is that of other
-users, not of other seeds; the deviation over seeds stands beside it.
+users, not of other seeds: whether those tell the difference from zero too, Welch's t-test over the seeds says.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
+from scipy import stats
 
 from ranker.evaluation.metrics import CLIP, Array, Int64s, Predictions, Task, count_pairs
 
@@ -123,17 +124,25 @@ def measure_draws(predictions: Predictions, draws: int, seed: int) -> Measured:
 
 class Difference(NamedTuple):
     """By how much a metric differs from the baseline's: over all users, and the 95 % interval over so many draws, those
-    in which it is defined."""
+    in which it is defined. seeds: that both have; beyond_seeds: whether such a difference is rare (5 %) between as many
+    seeds of equal rankers, None where one seed cannot tell."""
 
     value: float
     low: float
     high: float
     draws: int
+    seeds: int = 1
+    beyond_seeds: bool | None = None
 
     @property
     def excludes_zero(self) -> bool:
         """Whether all of the interval is on one side of 0."""
         return self.low > 0 or self.high < 0
+
+    @property
+    def real(self) -> bool:
+        """Neither other users nor other seeds would undo it."""
+        return self.excludes_zero and self.beyond_seeds is True
 
 
 def difference(ours: Sequence[Floats], theirs: Sequence[Floats], value: float) -> Difference | None:
@@ -159,5 +168,17 @@ def difference_of(
     known = [(a, b) for a, b in zip(mine, base, strict=True) if a is not None and b is not None]
     if not seeds or len(known) < len(seeds):
         return None
-    value = float(np.mean([a for a, _ in known]) - np.mean([b for _, b in known]))
-    return difference([ours[s][key] for s in seeds], [theirs[s][key] for s in seeds], value)
+    all_mine, all_base = np.array(known).T
+    value = float(all_mine.mean() - all_base.mean())
+    found = difference([ours[s][key] for s in seeds], [theirs[s][key] for s in seeds], value)
+    return found and found._replace(seeds=len(seeds), beyond_seeds=_beyond_seeds(all_mine, all_base))
+
+
+def _beyond_seeds(ours: Floats, theirs: Floats) -> bool | None:
+    """Welch's t-test at 5 %: seeds of two rankers deviate by different amounts, and are no pairs."""
+    if len(ours) < 2:
+        return None
+    if np.ptp(ours) == np.ptp(theirs) == 0:
+        return bool(ours[0] != theirs[0])
+    _, p = cast("tuple[float, float]", stats.ttest_ind(ours, theirs, equal_var=False))
+    return bool(p < 0.05)

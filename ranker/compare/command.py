@@ -12,14 +12,14 @@ from features.errors import UserError
 from features.progress import log
 from ranker.compare import markers
 from ranker.compare.config import CompareConfig
-from ranker.compare.cost import JOBS, Job, Sizes, recorded_sizes, timed_part
+from ranker.compare.cost import Job, Sizes, recorded_sizes, timed_part
 from ranker.compare.folder import CompareFolder
 from ranker.compare.launching import ChildProcesses, Launcher, launcher_of
 from ranker.compare.page import page
 from ranker.compare.plan import Cell, plan
 from ranker.compare.protocol import Protocol, cost_machines, protocol_of
 from ranker.compare.results import Results, cost_name, gather, json_of
-from ranker.compare.running import Failure, run_cells, tail
+from ranker.compare.running import Failure, ended_by_sigterm, run_cells, tail
 from ranker.compare.tables import markdown_brief, markdown_long, markdown_short, rich_table, terminal_tables
 from ranker.run import write_json, write_text
 
@@ -45,6 +45,8 @@ def compare(
     Raises:
         UserError: a config that cannot be used, cells that were made otherwise, or nothing to show.
     """
+    if recompute and not train:
+        raise UserError("--recompute makes cells anew, which --no-train forbids; leave one of them out")
     cells, folder = plan(config, folder_of_config), CompareFolder(out)
     failures: list[Failure] = []
     with folder.alone():
@@ -78,26 +80,34 @@ def _measure_costs(cells: Sequence[Cell], folder: CompareFolder, config: Compare
         mine = [cell for cell in cells if cost_name(cell.row) == name and folder.config(cell).is_file()]
         lengths = sorted({*size.lengths, *(cell.row.length for cell in mine if cell.row.length)})
         if mine and not _timed(folder.cost(name), mine[0], sizes, lengths):
-            folder.cost(name).unlink(missing_ok=True)
             todo[name] = Job(config=folder.config(mine[0]), lengths=lengths, sizes=sizes, out=folder.cost(name))
     if not todo:
         return []
     log(f"timing {', '.join(todo)}")
-    jobs, output = folder.root / "speed" / "jobs.json", folder.root / "speed" / "log"
-    jobs.parent.mkdir(exist_ok=True)
-    write_text(jobs, JOBS.dump_json(list(todo.values())).decode())
-    ChildProcesses(1).module("ranker.compare.cost", [str(jobs)], output)
-    jobs.unlink()
-    failed = [name for name in todo if not folder.cost(name).is_file()]
-    if failed:
-        log(f"timing of {', '.join(failed)} failed ({output}):\n{tail(output)}")
-    return [Failure(name, "timing", tail(output)) for name in failed]
+    job_file, output = folder.root / "speed" / ".job", folder.root / "speed" / "log"
+    job_file.parent.mkdir(exist_ok=True)
+    child, failures = ChildProcesses(1), list[Failure]()
+    with ended_by_sigterm():
+        try:
+            for name, job in todo.items():  # a process each: one that is killed takes no other with it
+                write_text(job_file, job.model_dump_json())
+                if child.module("ranker.compare.cost", [str(job_file)], output):
+                    folder.cost(name).unlink(missing_ok=True)  # of another config
+                    failures.append(Failure(name, "timing", tail(output)))
+                    log(f"timing of {name} failed ({output}):\n{tail(output)}")
+        except BaseException:
+            child.stop()
+            raise
+        finally:
+            job_file.unlink(missing_ok=True)
+    return failures
 
 
 def _timed(path: Path, cell: Cell, sizes: Sizes, lengths: list[int]) -> bool:
-    """Whether a file holds the cost of the cell's method, of these sizes."""
-    found = json.loads(path.read_text()) if path.is_file() else {}
-    return found.get("sizes") == recorded_sizes(sizes, lengths) and found.get("of") == timed_part(cell.config)
+    """Whether a file holds the cost of the cell's method, of these sizes, and of at least these lengths."""
+    found = json.loads(path.read_text()) if path.is_file() else {"sizes": {"lengths": []}}
+    known = {*found["sizes"]["lengths"], *lengths}
+    return found["sizes"] == recorded_sizes(sizes, sorted(known)) and found.get("of") == timed_part(cell.config)
 
 
 def _write(

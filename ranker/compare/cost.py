@@ -14,16 +14,14 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
-from pydantic import BaseModel, TypeAdapter
+from pydantic import BaseModel
 from torch import Tensor
 
 from features.config_file import load_config
@@ -33,7 +31,7 @@ from ranker.blocks import Block, Codewords
 from ranker.config import TrainConfig
 from ranker.longseq import History, Target
 from ranker.machine import machine
-from ranker.run import codewords_of, write_json
+from ranker.run import codebooks_of, codewords_of, write_json
 from ranker.towers import DIN
 
 T = TypeVar("T")
@@ -75,12 +73,14 @@ def recorded_sizes(sizes: Sizes, lengths: Sequence[int]) -> dict[str, object]:
 
 
 def timed_part(config: TrainConfig) -> dict[str, object]:
-    """What of a run's config decides its cost; rows that differ in length alone share it."""
+    """What of a run's config and dataset decides its cost; rows that differ in length alone share it."""
     model = config.model.model_copy(update={"long": [b.model_copy(update={"length": 0}) for b in config.model.long]})
     if not model.long and model.short is not None:
         model = model.model_copy(update={"short": model.short.model_copy(update={"length": 0})})
     kept: dict[str, object] = model.model_dump(mode="json", include={"short", "long"})
-    return kept | {"features": config.features.model_dump(mode="json"), "dim": config.tables.dim}
+    dataset = Dataset(config.dataset)
+    data = {"dataset": dataset.manifest.content_hash, "codebooks": codebooks_of(config, dataset)}
+    return kept | data | {"features": config.features.model_dump(mode="json"), "dim": config.tables.dim}
 
 
 def measure_cost(config: TrainConfig, dataset: Dataset, length: int, sizes: Sizes) -> MethodCost:
@@ -175,9 +175,6 @@ class Job(BaseModel):
     """JSON file to write"""
 
 
-JOBS: TypeAdapter[list[Job]] = TypeAdapter(list[Job])
-
-
 def run_job(job: Job) -> None:
     """Time one method, write its file."""
     config = load_config(job.config, TrainConfig)
@@ -189,17 +186,12 @@ def run_job(job: Job) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of ``python -m ranker.compare.cost``: one job after the other; a bad one is told, the rest go on."""
-    parser = argparse.ArgumentParser(prog="ranker.compare.cost", description="what runs' methods cost alone")
-    parser.add_argument("jobs", type=Path, help="JSON file, a list of jobs")
+    """Entry point of ``python -m ranker.compare.cost``: one job."""
+    parser = argparse.ArgumentParser(prog="ranker.compare.cost", description="what a run's method costs alone")
+    parser.add_argument("job", type=Path, help="JSON file")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    for job in JOBS.validate_json(given.jobs.read_text()):
-        try:
-            run_job(job)
-        except Exception:
-            print(f"{job.config}:", file=sys.stderr)
-            traceback.print_exc()
+    run_job(Job.model_validate_json(given.job.read_text()))
 
 
 if __name__ == "__main__":

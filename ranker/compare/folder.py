@@ -33,7 +33,7 @@ State = Literal["finished", "trained", "begun", "new"]
 
 
 class CompareFolder:
-    """A comparison's folder; it appears with the first cell."""
+    """A comparison's folder; it appears when :meth:`alone` is entered."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -80,24 +80,27 @@ class CompareFolder:
 
     def settle(self, cells: Sequence[Cell], recompute: Sequence[str]) -> None:
         """Forget the cells that `recompute` names (``*`` stands for any text), and refuse others that were made with
-        another config or dataset.
+        another config or dataset: then nothing is forgotten.
 
         Raises:
             UserError: a pattern that names no cell, or cells that have changed.
         """
+        forgotten: dict[str, Cell] = {}
         for pattern in recompute:
-            named = [cell for cell in cells if fnmatch(cell.name, pattern)]
+            named = {cell.name: cell for cell in cells if fnmatch(cell.name, pattern)}
             if not named:
                 raise UserError(f"--recompute {pattern}: no such cell; there are {', '.join(c.name for c in cells)}")
-            for cell in named:
-                self.forget(cell)
-        changes = {cell.name: change for cell in cells if (change := self._change(cell))}
+            forgotten |= named
+        others = [cell for cell in cells if cell.name not in forgotten]
+        changes = {cell.name: change for cell in others if (change := self._change(cell))}
         if changes:
             told = "\n  ".join(f"{name}: {change}" for name, change in changes.items())
             raise UserError(
                 f"{self.root}: {len(changes)} cells were made otherwise:\n  {told}\n  compute them again with "
                 f"--recompute {next(iter(changes))} (or '*'), or choose another --out"
             )
+        for cell in forgotten.values():
+            self.forget(cell)
 
     def _change(self, cell: Cell) -> str | None:
         """What differs between the cell and what was recorded of it."""

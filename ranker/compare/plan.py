@@ -118,6 +118,9 @@ def baseline_of(row: Row, rows: list[Row], baseline: str) -> Row | None:
 def _rows(config: CompareConfig, folder: Path, name: str, method: MethodConfig) -> Iterator[Row]:
     base = _load(config, folder, name, method, [])
     swept = {key: values for key, values in config.sweep.items() if _has(base.model_dump(mode="json"), key)}
+    for key in swept:
+        if (option := _set_by(base, key)) is not None:
+            raise UserError(f"sweep: {key} is what {option} sets; give its values there")
     lengths: list[int] | list[None] = method.lengths or config.lengths
     if not _length_keys(base):
         lengths = [None]
@@ -133,12 +136,19 @@ def _length_keys(config: TrainConfig) -> list[str]:
     return ["model.short.length"] if config.model.short is not None else []
 
 
+def _set_by(config: TrainConfig, key: str) -> str | None:
+    """The option whose values would go to the same key."""
+    if parse_path(key) == ("seed",):
+        return "--seeds"
+    return "--lengths" if parse_path(key) in [parse_path(one) for one in _length_keys(config)] else None
+
+
 def _cell_config(config: CompareConfig, folder: Path, row: Row, seed: int) -> TrainConfig:
     method = config.methods[row.method]
-    settings: list[str] = []
-    if row.length is not None:
-        settings = [f"{key}={row.length}" for key in _length_keys(_load(config, folder, row.method, method, []))]
-    settings += [f"{key}={value}" for key, value in row.sweep]
+    settings = [f"{key}={value}" for key, value in row.sweep]
+    if row.length is not None:  # a swept list of blocks has its lengths too
+        swept = _load(config, folder, row.method, method, settings)
+        settings += [f"{key}={row.length}" for key in _length_keys(swept)]
     return _load(config, folder, row.method, method, [*settings, f"seed={seed}"])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 
 from features import provenance
@@ -16,6 +17,8 @@ from ranker.machine import machine
 
 Protocol = dict[str, str]
 """What was fixed: its name and how."""
+
+_LOAD = re.compile(r", load [0-9.]+")
 
 
 def protocol_of(config: CompareConfig, cells: Sequence[Cell], folder: CompareFolder) -> Protocol:
@@ -37,13 +40,16 @@ def protocol_of(config: CompareConfig, cells: Sequence[Cell], folder: CompareFol
         "cost": f"generated histories, one request of {config.speed.candidates} candidates with {config.speed.groups} "
         f"distinct groups, one thread, median of at least {config.speed.repeats}; DIN on the short history included in "
         "read; memory of the blocks, for those groups, or of DIN's events, embedded, where there is no block",
-        "difference": f"from {config.baseline}, mean over the seeds; 95 % interval of {config.bootstrap.draws:,} draws "
-        f"of users (seed {config.bootstrap.seed}), the same for both, metrics averaged over the seeds within a draw: "
-        "the interval is that of other users, ± that of other seeds",
+        "difference": f"from {config.baseline}, mean over the seeds that both have; 95 % interval of "
+        f"{config.bootstrap.draws:,} draws of users (seed {config.bootstrap.seed}), the same for both, metrics "
+        "averaged over the seeds within a draw: "
+        "the interval is that of other users, ± and the t-test that of other seeds",
     }
+    if missing := _missing(cells, folder, config.split):
+        found["not finished"] = missing
     where = config.scheduler.name or "child processes"
     found["runs"] = f"{config.threads or 'default'} CPU threads each, {config.parallel} at a time, {where}"
-    return found | {"machine": machine("torch", "torchrec"), "code": _commits(cells, folder)}
+    return found | {"machine": _machines(cells, folder), "code": _commits(cells, folder)}
 
 
 def cost_machines(folder: CompareFolder) -> dict[str, str]:
@@ -78,8 +84,22 @@ def _method(config: CompareConfig, name: str) -> str:
     return f"{name}: {method.config or f'{name}.yaml'}{own}"
 
 
+def _missing(cells: Sequence[Cell], folder: CompareFolder, split: Split) -> str:
+    """Rows that no seed of has been finished: tables do not show them."""
+    finished = {cell.row for cell in cells if folder.state(cell, split) == "finished"}
+    return ", ".join(dict.fromkeys(cell.row.name for cell in cells if cell.row not in finished))
+
+
+def _machines(cells: Sequence[Cell], folder: CompareFolder) -> str:
+    """That trained the cells, each told once, whatever its load then; this one, where none has told."""
+    files = [folder.run(cell) / "training.json" for cell in cells]
+    told = [json.loads(file.read_text()).get("machine") for file in files if file.is_file()]
+    known = dict.fromkeys(_LOAD.sub("", one) for one in told if one)
+    return "; ".join(known) or _LOAD.sub("", machine("torch", "torchrec"))
+
+
 def _commits(cells: Sequence[Cell], folder: CompareFolder) -> str:
-    """Of the code that trained the cells, and whether it is this one."""
+    """Of the code that trained the cells; of this one, where none has told."""
     files = [folder.run(cell) / "run.json" for cell in cells]
     trained = {json.loads(file.read_text()).get("git_commit") for file in files if file.is_file()}
     known = sorted(commit for commit in trained if commit) or [provenance.git_commit() or "unknown"]

@@ -113,14 +113,21 @@ def _read(path: Path) -> Json:
 
 
 def _row(row: Row, runs: dict[int, Path], metrics: list[Json]) -> RowResult:
-    training = [_read(run / "training.json") for run in runs.values()]
+    training = [_training(run) for run in runs.values()]
     buckets = [
         Bucket(found[0]["min"], found[0]["max"], found[0]["impressions"], _tasks(found))
         for found in zip(*(m["by_history_length"] for m in metrics), strict=True)
     ]
     return RowResult(
-        row, runs, _tasks(metrics), buckets, {key: Estimate.of(t[key] for t in training) for key in training[0]}
+        row, runs, _tasks(metrics), buckets, {key: Estimate.of(t.get(key) for t in training) for key in training[0]}
     )
+
+
+def _training(run: Path) -> dict[str, float | None]:
+    """The numbers of ``training.json``. Steps of a run that was resumed are its last process's, but for all of them."""
+    found = _read(run / "training.json")
+    numbers: dict[str, float | None] = {key: value for key, value in found.items() if not isinstance(value, str)}
+    return {"total_steps": found["steps"]} | numbers  # older runs did not tell both
 
 
 def _tasks(metrics: Sequence[Json]) -> Tasks:
@@ -200,7 +207,7 @@ def _row_json(result: RowResult) -> Json:
         "cost": _cost_json(result.cost) if result.cost else None,
         "baseline": result.baseline.name if result.baseline else None,
         "differences": {
-            f"{task}.{name}": found._asdict() | {"excludes_zero": found.excludes_zero}
+            f"{task}.{name}": found._asdict() | {"excludes_zero": found.excludes_zero, "real": found.real}
             for (task, name), found in result.differences.items()
         },
     }

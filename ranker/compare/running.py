@@ -43,7 +43,7 @@ def run_cells(
         log(f"{done} of {len(cells)} cells are finished")
     failures: list[Failure] = []
     pool = ThreadPoolExecutor(parallel)
-    with Progress("compare", len(cells), console.is_terminal, done) as progress, _ended_by_sigterm():
+    with Progress("compare", len(cells), console.is_terminal, done) as progress, ended_by_sigterm():
         started = {pool.submit(_run, cell, folder, split, launcher): cell for cell in todo}
         try:
             for future in as_completed(started):
@@ -69,18 +69,26 @@ def run_cells(
 def _run(cell: Cell, folder: CompareFolder, split: Split, launcher: Launcher) -> tuple[Failure | None, float]:
     """One cell, what of it has not been done; and the seconds it took."""
     began = time.monotonic()
-    folder.record(cell)
     run, output = folder.run(cell), folder.log(cell)
     steps: list[tuple[str, Callable[[], int]]] = [("evaluation", lambda: launcher.evaluate(run, split, output))]
     if (state := folder.state(cell, split)) != "trained":
         train = lambda: launcher.train(folder.config(cell), run, state == "begun", output)  # noqa: E731
         steps.insert(0, ("training", train))
-    failure = None
-    for name, step in steps:
-        if code := step():
-            failure = Failure(cell.name, name, tail(output) or f"exit code {code}")
-            break
+    failure, name = None, "start"
+    try:
+        folder.record(cell)
+        for name, step in steps:
+            if code := step():
+                failure = Failure(cell.name, name, f"{tail(output)}\n{_ended_by(code)}".strip())
+                break
+    except Exception as error:  # as a scheduler's refusal of the job: it is this cell's
+        failure = Failure(cell.name, name, f"{type(error).__name__}: {error}")
     return failure, time.monotonic() - began
+
+
+def _ended_by(code: int) -> str:
+    """In words; a kernel that is out of memory kills by SIGKILL."""
+    return f"exit code {code}" if code > 0 else f"ended by {signal.Signals(-code).name}"
 
 
 def tail(path: Path) -> str:
@@ -92,7 +100,7 @@ def tail(path: Path) -> str:
 
 
 @contextmanager
-def _ended_by_sigterm() -> Generator[None]:
+def ended_by_sigterm() -> Generator[None]:
     """A scheduler's SIGTERM ends the runs as Ctrl-C does. Only the main thread may say so."""
     if threading.current_thread() is not threading.main_thread():
         yield

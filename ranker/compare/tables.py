@@ -22,9 +22,9 @@ TITLES = {
 }  # fmt: skip
 LEGEND = (
     "±: sample standard deviation over seeds. Δ: difference from the baseline with its 95 % interval over users; "
-    "* where that excludes 0."
+    "(*) where that excludes 0, * where the seeds, too, tell it from 0 (Welch's t-test, 5 %; one seed tells nothing)."
 )
-BRIEFLY = ("dataset", "measured", "budget", "batch", "widths", "seeds", "machine")
+BRIEFLY = ("dataset", "measured", "budget", "batch", "widths", "seeds", "not finished", "machine")
 """what a README tells of the protocol"""
 _COSTS = "Cost alone: encode a request, read a candidate, memory a user"
 _DECIDES = "Clicks (CTR), and cost: encode a request, read a candidate, memory a user, candidates trained"
@@ -86,7 +86,7 @@ def training_table(results: Results) -> Table:
     columns: list[Column] = [
         ("dense parameters", lambda r: count(r.training["dense_parameters"])),
         ("table parameters", lambda r: count(r.training["table_parameters"])),
-        ("steps", lambda r: count(r.training["steps"])),
+        ("steps", lambda r: count(r.training["total_steps"])),
         ("candidates/s", lambda r: count(r.training["candidates_per_s"])),
         ("peak RSS, MiB", lambda r: count(r.training["peak_rss_bytes"], 2**20)),
     ]
@@ -114,7 +114,7 @@ def _metric(task: Task, name: str) -> Column:
 
 
 def _delta(task: Task, name: str) -> Column:
-    return f"Δ {TITLES[name]}", lambda r: delta(r.differences.get((task, name)))
+    return f"Δ {TITLES[name]}", lambda r: delta(r.differences.get((task, name)), len(r.runs))
 
 
 def _table(title: str, results: Results, columns: Sequence[Column]) -> Table:
@@ -145,11 +145,13 @@ def estimate(found: Estimate) -> str:
     return f"{found.mean:.4f}" if found.sd is None else f"{found.mean:.4f} ± {found.sd:.4f}"
 
 
-def delta(found: Difference | None) -> str:
-    """value [low, high], with * where the interval excludes 0."""
+def delta(found: Difference | None, seeds: int) -> str:
+    """value [low, high], with the marks of the legend; and of how many seeds it is, where the row itself has more."""
     if found is None:
         return NONE
-    return f"{found.value:+.4f} [{found.low:+.4f}, {found.high:+.4f}]" + (" *" if found.excludes_zero else "")
+    mark = " *" if found.real else " (*)" if found.excludes_zero else ""
+    less = f" ({found.seeds} of {seeds} seeds)" if found.seeds < seeds else ""
+    return f"{found.value:+.4f} [{found.low:+.4f}, {found.high:+.4f}]{mark}{less}"
 
 
 def count(found: Estimate, unit: int = 1) -> str:
@@ -192,7 +194,7 @@ def markdown(table: Table) -> str:
 
 def markdown_brief(results: Results, protocol: Protocol) -> str:
     """For a README: the short table, and how it was made in a paragraph."""
-    told = "; ".join(f"{key}: {protocol[key]}" for key in BRIEFLY)
+    told = "; ".join(f"{key}: {protocol[key]}" for key in BRIEFLY if key in protocol)
     return f"{markdown(short_table(results))}\n\n{LEGEND} {told[0].upper()}{told[1:]}.\n"
 
 

@@ -8,16 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ranker.machine import machine
+
 if TYPE_CHECKING:
     from ranker.tables.embeddings import Tables
 
 
 @dataclass
 class TrainingCost:
-    """Sums over the steps of one process, those of a resumed run from where it was resumed; validation is left out."""
+    """Sums over the steps of one process, those of a resumed run from where it was resumed; validation is left out.
+    first_step: how many steps had been done before."""
 
     dense_parameters: int
     table_parameters: int
+    first_step: int = 0
     steps: int = 0
     candidates: float = 0.0
     seconds: float = 0.0
@@ -28,16 +32,19 @@ class TrainingCost:
         self.candidates += candidates
         self.seconds += seconds
 
-    def content(self) -> dict[str, float | int | None]:
-        """As it is written; no speed where nothing was left to train. `peak_rss_bytes` is the first rank's."""
+    def content(self) -> dict[str, float | int | str | None]:
+        """As it is written; no speed where nothing was left to train. `peak_rss_bytes` and `machine` are the first
+        rank's."""
         return {
             "steps": self.steps,
+            "total_steps": self.first_step + self.steps,
             "candidates": int(self.candidates),
             "seconds": self.seconds,
             "candidates_per_s": self.candidates / self.seconds if self.seconds else None,
             "peak_rss_bytes": peak_rss_bytes(),
             "dense_parameters": self.dense_parameters,
             "table_parameters": self.table_parameters,
+            "machine": machine("torch", "torchrec"),
         }
 
 

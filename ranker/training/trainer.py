@@ -90,7 +90,8 @@ class Trainer:
             )
         load_content(self.model, spec, dataset)
         self.learner = Learner(config, self.model, ranks, Interruption())
-        cost = TrainingCost(sum(p.numel() for p in self.learner.dense_parameters), tables)
+        dense = sum(p.numel() for p in self.learner.dense_parameters)
+        cost = TrainingCost(dense, tables, self.position.step)
         self.report = Report(1 if config.tasks.conversion is None else 2, cost, self.learner.clock, ranks)
         self.total = sys.maxsize
         self.divergence = Divergence(config.training.divergence, ranks, None)

@@ -104,8 +104,33 @@ def test_only_seeds_of_both_are_compared():
     found = difference_of(ours, theirs, ({1: 0.6, 2: 0.8}, {2: 0.7, 3: 0.1}), ("ctr", "auc"))
     assert found is not None
     assert found.value == pytest.approx(0.8 - 0.7)
+    assert (found.seeds, found.beyond_seeds, found.real) == (1, None, False)
     assert difference_of({1: draws[1]}, {3: draws[3]}, (values, values), ("ctr", "auc")) is None
     assert difference_of(ours, theirs, ({2: None}, {2: 0.7}), ("ctr", "auc")) is None
+
+
+@pytest.mark.parametrize(
+    ("ours", "beyond"), [([0.70, 0.71, 0.72], False), ([0.75, 0.76, 0.77], True), ([0.60, 0.61, 0.62], True)]
+)
+def test_a_difference_is_real_where_neither_users_nor_seeds_undo_it(ours: list[float], beyond: bool):
+    """Users always say so here: every draw of ours is .3 above."""
+    theirs, draws = [0.69, 0.70, 0.71], {("ctr", "auc"): np.linspace(0.6, 0.7, 20)}
+    better = {("ctr", "auc"): draws["ctr", "auc"] + 0.3}
+    values = (dict(enumerate(ours)), dict(enumerate(theirs)))
+    found = difference_of({s: better for s in range(3)}, {s: draws for s in range(3)}, values, ("ctr", "auc"))
+    assert found is not None
+    assert (found.seeds, found.excludes_zero, found.beyond_seeds, found.real) == (3, True, beyond, beyond)
+    one = difference_of({0: draws}, {0: draws}, ({0: 0.7}, {0: 0.7}), ("ctr", "auc"))
+    assert one is not None
+    assert not one.excludes_zero
+
+
+def test_seeds_without_deviation_differ_if_they_do():
+    draws = {s: {("ctr", "auc"): np.linspace(0.6, 0.7, 20)} for s in (0, 1)}
+    for ours, beyond in ((0.7, False), (0.8, True)):
+        found = difference_of(draws, draws, ({0: ours, 1: ours}, {0: 0.7, 1: 0.7}), ("ctr", "auc"))
+        assert found is not None
+        assert found.beyond_seeds is beyond
 
 
 def test_what_is_defined_in_no_draw_has_no_difference():

@@ -36,7 +36,7 @@ from tests.ranker.compare.conftest import InThisProcess
 
 def run(configs: Path, out: Path, launcher: InThisProcess, **options: Any) -> tuple[list[Any], str]:
     """`ranker compare`, in this process; what failed, and what the terminal shows."""
-    given = {key: options.pop(key) for key in ("readmes", "train") if key in options}
+    given = {key: options.pop(key) for key in ("readmes", "train", "recompute") if key in options}
     console = Console(record=True, width=80)
     config = load_compare(configs / "compare.yaml", Options(**options))
     return compare(config, configs, out, **given, launcher=launcher, console=console), console.export_text()
@@ -93,7 +93,7 @@ def test_rows_are_means_and_deviations_of_their_seeds(compared: Path, table: dic
             b["impressions"] for b in cells[0]["by_history_length"]
         ]
         training = row["training"]
-        assert training["steps"]["mean"] == 3
+        assert training["steps"]["mean"] == training["total_steps"]["mean"] == 3
         assert training["candidates_per_s"]["mean"] > 0
         assert training["peak_rss_bytes"]["mean"] > 2**20
 
@@ -174,12 +174,18 @@ def test_a_changed_config_is_refused_or_computed_again_by_name(configs: Path, co
     message = r"(?s)8 cells were made otherwise.*optimizer.lr is 0.02, was 0.01.*--recompute din-L5-s0"
     with pytest.raises(UserError, match=message):
         finish(configs, copy, here, **changed)
-    with pytest.raises(UserError, match="6 cells were made otherwise"):
-        finish(configs, copy, here, ("mean-L5-*",), **changed)
+    for _ in range(2):  # a refusal forgets nothing
+        with pytest.raises(UserError, match="6 cells were made otherwise"):
+            finish(configs, copy, here, ("mean-L5-*",), **changed)
+        with pytest.raises(UserError, match="--recompute nothing: no such cell"):
+            finish(configs, copy, here, ("*", "nothing"))
+    with pytest.raises(UserError, match="--no-train forbids"):
+        run(configs, copy, here, recompute=["*"], train=False)
+    assert metrics_of(copy, "mean-L5-s0")["split"] == "test"
     with pytest.raises(UserError, match="--recompute nothing: no such cell; there are din-L5-s0"):
         finish(configs, copy, here, ("nothing",), **changed)
     assert here.ran == []
-    finish(configs, copy, here, **changed, methods="mean", lengths="5", baseline="mean", seeds="0")
+    finish(configs, copy, here, ("*",), **changed, methods="mean", lengths="5", baseline="mean", seeds="0")
     assert here.ran == [("mean-L5-s0", "train"), ("mean-L5-s0", "evaluate")]
 
 
@@ -277,6 +283,23 @@ def test_a_sweep_is_an_axis_of_the_table(configs: Path, tmp_path: Path, here: In
     assert [row[:3] for row in table.rows] == [["attention", "5", "1"], ["attention", "5", "2"]]
 
 
+def test_a_difference_says_of_how_many_seeds_it_is(configs: Path, copy: Path):
+    (copy / "cells/din-L5-s1/metrics.json").unlink()  # the baseline's
+    config = load_compare(configs / "compare.yaml", Options())
+    table = short_table(gather(plan(config, configs), CompareFolder(copy), config))
+    assert [row[3].endswith("(1 of 2 seeds)") for row in table.rows] == [False, True, True, True]
+
+
+def test_rows_that_were_not_finished_are_told(configs: Path, copy: Path, here: InThisProcess, tmp_path: Path):
+    for seed in (0, 1):
+        (copy / f"cells/mean-L40-s{seed}/metrics.json").unlink()
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- compare:begin -->\n<!-- compare:end -->\n")
+    run(configs, copy, here, methods="din,mean", train=False, readmes=[readme])
+    for text in (readme.read_text(), (copy / "table.md").read_text(), (copy / "report.html").read_text()):
+        assert re.search(r"not finished(: |</dt><dd>)mean-L40\b", text)
+
+
 def test_a_row_that_lacks_a_seed_says_so(configs: Path, copy: Path):
     (copy / "cells/mean-L40-s1/metrics.json").unlink()
     config = load_compare(configs / "compare.yaml", Options())
@@ -308,6 +331,26 @@ def test_cells_run_in_parallel(configs: Path, tmp_path: Path):
     config = load_compare(configs / "compare.yaml", Options(methods="din", seeds="0"))
     failures = run_cells(plan(config, configs), CompareFolder(tmp_path), config.split, Together(), 2)
     assert sorted(failures) == [Failure(f"din-L{n}-s0", "training", "exit code 3") for n in (40, 5)]
+
+
+class Refused(Together):
+    """A scheduler that takes no job of one method."""
+
+    def train(self, config: Path, run: Path, resume: bool, log: Path) -> int:
+        if run.name.startswith("mean"):
+            raise RuntimeError("the queue is full")
+        log.write_text("step 1\n")
+        return -signal.SIGKILL
+
+
+def test_what_a_launcher_raises_is_the_cells_failure(configs: Path, tmp_path: Path):
+    """And how a process ended is told beside what it said last."""
+    config = load_compare(configs / "compare.yaml", Options(methods="mean,din", lengths="5", seeds="0"))
+    failures = run_cells(plan(config, configs), CompareFolder(tmp_path), config.split, Refused(), 1)
+    assert failures == [
+        Failure("mean-L5-s0", "training", "RuntimeError: the queue is full"),
+        Failure("din-L5-s0", "training", "step 1\nended by SIGKILL"),
+    ]
 
 
 class Ended(Together):
@@ -358,7 +401,7 @@ def test_a_killed_comparison_goes_on_from_its_checkpoint(configs: Path, tmp_path
     assert here.ran == [("mean-L40-s1", "resume"), ("mean-L40-s1", "evaluate")]
     assert first.stat().st_ino == made
     trained = json.loads((out / "cells/mean-L40-s1/training.json").read_text())
-    assert 0 < trained["steps"] < 60
+    assert 0 < trained["steps"] < trained["total_steps"] == 60
 
 
 def test_no_cell_is_finished(configs: Path, tmp_path: Path, here: InThisProcess):

@@ -11,7 +11,7 @@ import torch
 from features.config_file import load_config
 from features.dataset import Dataset
 from features.selection import resolve
-from ranker.compare.cost import JOBS, Job, Sizes, generated_request, main, measure_cost, stored_bytes, timed_part
+from ranker.compare.cost import Job, Sizes, generated_request, main, measure_cost, stored_bytes, timed_part
 from ranker.config import TrainConfig
 from ranker.longseq.groups.grouped import GroupMemory
 
@@ -92,17 +92,12 @@ def test_rows_that_differ_in_length_alone_are_timed_together(config_at):
     assert timed_part(config_at("din", "tables.dim=8")) != timed_part(config_at("din"))
 
 
-def test_a_bad_job_is_told_and_the_others_are_done(configs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    jobs = [
-        Job(config=configs / f"{name}.yaml", lengths=[3], sizes=SIZES, out=tmp_path / f"{name}.json")
-        for name in ("bad", "mean")
-    ]
-    (tmp_path / "jobs.json").write_bytes(JOBS.dump_json(jobs))
+def test_a_job(configs: Path, tmp_path: Path):
+    job = Job(config=configs / "mean.yaml", lengths=[3], sizes=SIZES, out=tmp_path / "mean.json")
+    (tmp_path / "job").write_text(job.model_dump_json())
     threads = torch.get_num_threads()
-    main([str(tmp_path / "jobs.json")])
+    main([str(tmp_path / "job")])
     torch.set_num_threads(threads)
-    assert "user.shoe_size" in capsys.readouterr().err
-    assert not (tmp_path / "bad.json").exists()
     found = json.loads((tmp_path / "mean.json").read_text())
     assert [cost["length"] for cost in found["costs"]] == [3]
     assert "1 thread" in found["machine"]

@@ -72,6 +72,12 @@ def test_sweeps_multiply_and_values_are_yaml(configs: Path):
     ]  # fmt: skip
 
 
+def test_blocks_that_are_swept_read_as_much_as_their_row_says(configs: Path):
+    sweep = ("model.long=[{type: mean}],[{type: mean}, {type: target_attention, heads: 1}]",)
+    cells = cells_of(configs, methods="din,mean", lengths="5", seeds="0", sweep=sweep)
+    assert [[block.length for block in cell.config.model.long] for cell in cells] == [[5], [5, 5]] * 2
+
+
 def test_each_row_has_its_baseline():
     swept = (("k", "1"),)
     rows = [Row("a", 5), Row("a", 9), Row("b", 5), Row("b", 9, swept), Row("c", 7)]
@@ -95,6 +101,8 @@ def test_each_row_has_its_baseline():
             {"sweep": ("model.long[0].anchors=1",)},
             r"no method has the key model.long\[0\].anchors; the methods are din",
         ),
+        ({"sweep": ("seed=5,6",)}, "sweep: seed is what --seeds sets; give its values there"),
+        ({"sweep": ("model.short.length=5,6",)}, "sweep: model.short.length is what --lengths sets"),
         ({"sweep": ("optimizer.lr",)}, "must have the form KEY=VALUE"),
         ({"sweep": ("a..b=1",)}, "'a..b' is no key"),
         ({"sweep": ("optimizer.lr=-1",)}, "method din: .*optimizer.lr: got -1"),
