@@ -84,10 +84,12 @@ class HyTrecConfig(Strict):
     length: int = Field(default=0, ge=0, description="latest events; 0: all")
     width: int = Field(default=32, ge=1)
     heads: int = Field(default=2, ge=1)
-    layers: int = Field(default=4, ge=1)
+    layers: int = Field(default=4, ge=1, description="of the long branch; up to `ratio` there is no softmax layer")
     ratio: int = Field(default=3, ge=1, description="linear layers before each softmax layer")
     short_length: int = Field(default=50, ge=1, description="events of the short branch")
-    period_s: float = Field(default=7 * 86400.0, gt=0, description="time in which the gate falls to 1/e, seconds")
+    period_s: float = Field(
+        default=7 * 86400.0, gt=0, allow_inf_nan=False, description="time in which the gate falls to 1/e, seconds"
+    )
     decay: Literal["now", "state"] = Field(
         default="now", description="now: gates by age at the request; state: the state decays between events"
     )
@@ -113,7 +115,9 @@ class HyTrecConfig(Strict):
     sharpness: float = Field(
         default=4.0, ge=0, allow_inf_nan=False, description="of the softmax over slots in queries and keys; 0: none"
     )
-    next_item_weight: float = Field(default=0.0, ge=0, description="of the loss of predicting the next event; 0: off")
+    next_item_weight: float = Field(
+        default=0.0, ge=0, allow_inf_nan=False, description="of the loss of predicting the next event; 0: off"
+    )
     next_items: int = Field(default=8, ge=1, description="positions of a history that it is computed for, the latest")
 
     _heads = field_validator("heads")(dividing_width)

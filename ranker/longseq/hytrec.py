@@ -145,10 +145,10 @@ class HyTRec(nn.Module):
             raise ValueError(f"heads: {heads}; must divide width ({width})")
         if key_dim < 0 or sharpness < 0:
             raise ValueError(f"key_dim: {key_dim}, sharpness: {sharpness}; must not be negative")
-        if key_start >= 0 and key_width > width:
-            raise ValueError(
-                f"width: {width}; must be at least that of what keys start from ({key_width}): raise width"
-            )
+        if key_start >= 0 and key_width > width - (dim > key_width):  # the other features need a number too
+            raise ValueError(f"width: {width}; must be above that of what keys start from ({key_width}): raise width")
+        if sharpness > 0 and (key_dim or width // heads) == 1:
+            raise ValueError("key_dim: 1; a softmax over one slot is always 1: raise key_dim, or set sharpness to 0")
         if period_s <= 0:
             raise ValueError(f"period_s: {period_s}; must be positive, in seconds")
         if decay not in ("now", "state"):
@@ -201,7 +201,10 @@ class HyTRec(nn.Module):
             if key_start >= 0:
                 _apart(self.event.weight, key_start, key_width)
                 for layer in linear:
-                    layer.projection.weight[: 2 * layer.keys, key_width:] = 0.0
+                    rows = layer.projection.weight[: 2 * layer.keys]
+                    rows[:, key_width:] = 0.0
+                    # LayerNorm takes the mean of all numbers from these: rows that sum to 0 do not see it
+                    rows[:, :key_width] -= rows[:, :key_width].mean(1, keepdim=True)
             of_events = [
                 layer.projection.weight.split([layer.keys, layer.keys, self.width, self.heads]) for layer in linear
             ]

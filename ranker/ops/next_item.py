@@ -8,7 +8,8 @@ def in_batch_softmax(predicted: Tensor, following: Tensor, event: Tensor, times:
     """Mean cross-entropy of finding one's own next item among those of the whole batch; 0 for none.
 
     A batch in which a prediction stands `times` over: as it costs and as often as its event is another's negative, but
-    computed once. The same event twice is not its own negative.
+    computed once. The same event twice is not its own negative; another event of the same item is one, and popular
+    items, which are negatives more often, are not corrected for.
 
     Args:
         predicted: `[P, d]`; following: `[E, d]`; their inner products over √d are the logits.

@@ -41,6 +41,8 @@ ABLATIONS: dict[str, dict[str, list[str]]] = {
         "gates by age at the request": [f"{BLOCK}.decay=now"],
         "gates half open at first": [f"{BLOCK}.gate_bias=0"],
         "reads without their products": [f"{BLOCK}.agreement=false"],
+        "linear keys": [f"{BLOCK}.sharpness=0", f"{BLOCK}.key_dim=0"],
+        "keys of all features": [f"{BLOCK}.key=null"],
         "with the next-item loss": [f"{BLOCK}.next_item_weight=0.1"],
         "without it": [f"{BLOCK}.next_item_weight=0"],
     },

@@ -274,7 +274,7 @@ REFUSED_BY_THE_DATA = {
     "keys wider than token states": (
         "{type: hytrec, key: item.sid_1, width: 4, heads: 1}",
         "features.codes=[]",
-        r"model.long\[0\]: width: 4; must be at least that of what keys start from \(8\): raise width",
+        r"model.long\[0\]: width: 4; must be above that of what keys start from \(8\): raise width",
     ),
     "a search's probe that is no code": (
         SEARCHES["sim_hard"],

@@ -14,7 +14,8 @@ from torch.nn.functional import layer_norm, silu
 
 from ranker.longseq import History, Target
 from ranker.longseq.hytrec import HyTRec
-from ranker.longseq.hytrec_layers import Tadn
+from ranker.longseq.hytrec_layers import Tadn, Tokens
+from ranker.ops.running_mean import running_mean_plan
 from tests.ranker.histories import (
     EDGES,
     NO_PROBES,
@@ -339,6 +340,20 @@ def test_gates_stay_within_their_bounds(batch: Shape, deviation: str, scale: int
     assert all(((g >= 0) & (g <= 1)).all() for g in seen)
 
 
+def test_gates_that_are_shut_erase_a_thousandth_of_what_they_write():
+    """And not less: an old value would never give way."""
+    history, _ = inputs_of(shape([60], [(0, 0, 60)], [1]), DIM)
+    block = block_of(decay="state")
+    layer = next(layer for layer in block.layers if isinstance(layer, Tadn))
+    with torch.no_grad():
+        for gate in (layer.static, layer.dynamic):
+            gate.weight.zero_()
+            gate.bias.fill_(-20.0)
+    x = block.event(history.x)
+    writes, _ = layer.writes(x, block._tokens(history, torch.tensor([0, 60]), x, None))
+    torch.testing.assert_close(writes.erase, 1e-3 * writes.write)
+
+
 @pytest.mark.parametrize(
     "options", [{"agreement": False}, {}, {"decay": "state", "deviation": "previous", "next_item_weight": 0.5}]
 )
@@ -369,6 +384,13 @@ def test_starts_with_a_long_memory_and_alike():
         torch.testing.assert_close(block.value(target.x)[:, : HEADS * D], v)
 
 
+def writes_alone(layer: Tadn, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of tokens that are each the first of a history: they deviate from nothing."""
+    offsets, none = torch.arange(x.size(0) + 1), x[:, :0]
+    writes, _ = layer.writes(x, Tokens(offsets, none, none, running_mean_plan(offsets, x), None))
+    return writes.k, writes.v
+
+
 def test_keys_start_from_one_feature():
     """Events that have it in common write to the same slots, in every layer, whatever else they are; the values of all
     features are kept."""
@@ -380,12 +402,9 @@ def test_keys_start_from_one_feature():
     assert torch.linalg.matrix_rank(block.event.weight) == DIM
     for layer in block.layers:
         if isinstance(layer, Tadn):
-            k, v = (
-                (w := layer.projection.weight @ block.event.weight)[layer.keys : 2 * layer.keys],
-                w[2 * layer.keys :],
-            )
-            torch.testing.assert_close(other @ k.t(), history.x @ k.t())
-            assert not torch.allclose(other @ v.t(), history.x @ v.t())
+            (k, v), (like, unlike) = (writes_alone(layer, block.event(x)) for x in (history.x, other))
+            torch.testing.assert_close(like, k, rtol=0, atol=0.02)
+            assert not torch.allclose(unlike, v, rtol=0, atol=0.1)
             x = torch.randn(7, HEADS * D, dtype=torch.float64)
             torch.testing.assert_close(layer.feed_forward(x + layer.out(x)), x)  # the identity at first
 
@@ -473,7 +492,10 @@ def test_scores_of_the_next_item_come_from_the_past_alone():
         ({"period_s": 0.0}, "period_s: 0.0; must be positive"),
         ({"decay": "both"}, "decay: 'both'; must be 'now' or 'state'"),
         ({"key_dim": -1}, "key_dim: -1, .*must not be negative"),
-        ({"width": 8, "key_start": 0, "key_width": 16}, r"width: 8; must be at least .*\(16\): raise width"),
+        ({"width": 8, "key_start": 0, "key_width": 16}, r"width: 8; must be above .*\(16\): raise width"),
+        ({"width": DIM - 2, "key_start": 0, "key_width": DIM - 2, "heads": 1}, r"must be above .*: raise width"),
+        ({"width": 8, "key_dim": 1}, "key_dim: 1; a softmax over one slot"),
+        ({"width": 8, "heads": 8, "key_dim": 0}, "key_dim: 1; a softmax over one slot"),
         ({"deviation": "none"}, "deviation: 'none'; must be 'mean' or 'previous'"),
     ],
 )
