@@ -135,7 +135,7 @@ def _fla(writes: Writes, offsets: Tensor, state: Tensor | None) -> tuple[Tensor,
         output_final_state=True,
         cu_seqlens=torch.cat([offsets[:-1][some], offsets[-1:]]),
     )
-    return o.squeeze(0), begin.index_copy(0, some, last).to(k.dtype)
+    return o.squeeze(0), begin.index_copy(0, some, last).to(torch.promote_types(k.dtype, torch.float32))
 
 
 def read_state(q: Tensor, tiles: Tiles, state: Tensor) -> Tensor:
