@@ -19,11 +19,12 @@ def in_batch_softmax(predicted: Tensor, following: Tensor, event: Tensor, times:
     if predicted.size(0) == 0:
         return predicted.sum() + following.sum()  # 0, and the parameters behind it get a gradient in every step
     scaled = predicted / predicted.size(1) ** 0.5
-    many = torch.zeros_like(following[:, 0]).index_add(0, event, times.to(following.dtype)).log()
+    many = torch.zeros_like(following[:, 0], dtype=torch.float64).index_add(0, event, times.double())
+    many = many.log().to(following.dtype)
     logits = torch.addmm(many, scaled, following.t())
     logits = logits.scatter_add(1, event.unsqueeze(1), -many[event].unsqueeze(1).to(logits.dtype))
     own = logits.gather(1, event.unsqueeze(1)).squeeze(1)
-    weight = times.to(logits.dtype)
+    weight = times.float()  # half precision cannot count them
     return ((logits.logsumexp(1) - own) * weight).sum() / weight.sum()
 
 
