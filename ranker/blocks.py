@@ -104,6 +104,8 @@ class Block(nn.Module):
             self.code_columns = _levels(self.name, config, spec, len(codewords[config.codebook]))
             if config.z == "content":
                 self.content_start, self.content_dim = _content(self.name, config, spec, codewords)
+        if isinstance(config, HyTrecConfig):
+            self.code_columns = [_probe(f"{self.name}.slots", feature, spec, dim)[0] for feature in config.slots]
         try:
             self.block = _module(self.name, config, spec, dim, self.probe_start, codewords)
         except ValueError as error:
@@ -140,14 +142,21 @@ class Block(nn.Module):
             group, request, probe, first = distinct_probes(candidate_codes[:, self.probe_column], target.offsets)
             c = target.x.index_select(0, first).narrow(1, self.probe_start, self.dim)
             probes = Probes(c, group, request)
-            target = Target(target.x, target.offsets, probe)
-        return BlockInput(self.own(history), probes, target)
+            target = Target(target.x, target.offsets, probe, target.code)
+        return BlockInput(self.own(history), probes, self._asking(target))
+
+    def _asking(self, target: Target) -> Target:
+        """The same with the codes that the block reads, of all the ranker's."""
+        return Target(target.x, target.offsets, target.probe, self._own_codes(target.code))
+
+    def _own_codes(self, code: Tensor) -> Tensor:
+        if len(self.code_columns) == 0:
+            return code[:, :0]
+        return code.index_select(1, torch.tensor(self.code_columns, device=code.device))
 
     def own(self, history: History) -> History:
         """The same with the codes and the content that the block reads, of all the ranker's."""
-        code = history.code[:, :0]
-        if len(self.code_columns) > 0:
-            code = history.code.index_select(1, torch.tensor(self.code_columns, device=history.code.device))
+        code = self._own_codes(history.code)
         content = history.content.narrow(1, self.content_start, self.content_dim)
         return History(history.x, history.time, history.start, history.end, history.now, code, content)
 
@@ -166,7 +175,7 @@ class Block(nn.Module):
         Args:
             target: each candidate's probe is its record of `stored`, for a block with probes.
         """
-        return self.block.read(self.block.restore(stored, now), target)  # type: ignore[operator]
+        return self.block.read(self.block.restore(stored, now), self._asking(target))  # type: ignore[operator]
 
 
 def _listed(features: list[str]) -> str:
@@ -227,11 +236,13 @@ def _module(
     block: str, config: LongConfig, spec: FeatureSpec, dim: int, probe_start: int, codewords: Codewords
 ) -> nn.Module:
     width = dim * len(spec.sequence)
-    options = config.model_dump(exclude={"type", "probe", "codebook", "search_weight", "key"})
+    options = config.model_dump(exclude={"type", "probe", "codebook", "search_weight", "key", "slots"})
     if isinstance(config, UxSidConfig):
         return UxSID(width, dim, probe_start=probe_start, **options)
     if isinstance(config, HiSacConfig):
         return HiSAC(width, codewords[config.codebook], **options)
-    if isinstance(config, HyTrecConfig) and config.key is not None:
-        return HyTRec(width, key_start=_start(f"{block}.key", config.key, spec, dim), key_width=dim, **options)
+    if isinstance(config, HyTrecConfig):
+        options["code_heads"] = len(config.slots)
+        if config.key is not None:
+            options |= {"key_start": _start(f"{block}.key", config.key, spec, dim), "key_width": dim}
     return MODULES[config.type](width, **options)

@@ -130,7 +130,7 @@ class Dense(nn.Module):
             x = x + self.event_projection(self.of_event(plain.event_dense))
         none = torch.zeros([0], dtype=torch.int64, device=x.device)
         history = History(x, plain.event_time, plain.start, plain.end, plain.now, plain.event_codes, embedded.content)
-        return history, Target(embedded.target, plain.offsets, none)
+        return history, Target(embedded.target, plain.offsets, none, plain.candidate_codes)
 
     def forward(self, embedded: Embedded, plain: Plain) -> Scores:
         """Scores of all candidates."""

@@ -119,11 +119,11 @@ def generated_request(spec: FeatureSpec, dim: int, length: int, sizes: Sizes) ->
         time_ms[-1:] + 60_000, code, torch.randn(length, sum(f.dim for f in spec.content)),
     )  # fmt: skip
     offsets = torch.tensor([0, sizes.candidates])
-    target = Target(torch.randn(sizes.candidates, width), offsets, torch.zeros(0, dtype=torch.int64))
     asked = torch.arange(sizes.candidates) % sizes.groups
-    candidate_codes = [asked % max(f.size - 1, 1) + 1 for f in spec.codes]
-    none = torch.zeros(sizes.candidates, 0, dtype=torch.int64)
-    return history, target, torch.stack(candidate_codes, 1) if candidate_codes else none
+    groups = [asked % max(f.size - 1, 1) + 1 for f in spec.codes]
+    codes = torch.stack(groups, 1) if groups else torch.zeros(sizes.candidates, 0, dtype=torch.int64)
+    candidates = torch.randn(sizes.candidates, width)
+    return history, Target(candidates, offsets, torch.zeros(0, dtype=torch.int64), codes), codes
 
 
 def _din(din: DIN, history: History, target: Target, sizes: Sizes) -> PartCost:

@@ -111,6 +111,11 @@ class HyTrecConfig(Strict):
         description="a feature of features.sequence that keys and queries are made of at first, such as item.sid_1; "
         "none: of all features",
     )
+    slots: list[str] = Field(
+        default=[],
+        description="features of features.codes and features.sequence, such as item.sid_1, by which events fall into "
+        "the slots of one head each in every linear layer; the other heads learn theirs",
+    )
     key_dim: int = Field(default=32, ge=0, description="d_k, slots of a head's state; 0: width / heads")
     sharpness: float = Field(
         default=4.0, ge=0, allow_inf_nan=False, description="of the softmax over slots in queries and keys; 0: none"

@@ -174,7 +174,8 @@ def first_requests(history: History, target: Target, codes: Tensor, n: int) -> t
     """The first `n` requests of a batch; events stay where they are."""
     candidates = int(target.offsets[: n + 1][-1])
     history = history._replace(start=history.start[:n], end=history.end[:n], now=history.now[:n])
-    return history, Target(target.x[:candidates], target.offsets[: n + 1], target.probe), codes[:candidates]
+    target = Target(target.x[:candidates], target.offsets[: n + 1], target.probe, target.code[:candidates])
+    return history, target, codes[:candidates]
 
 
 def measures_of(model: nn.Module) -> list[_Measure]:

@@ -100,13 +100,15 @@ class UserEncoder(nn.Module):
 
 
 class CandidateRanker(nn.Module):
-    """Candidates, the short history and records to the whole ranker's scores; no content vectors, no codes."""
+    """Candidates, the short history and records to the whole ranker's scores; no content vectors, no codes of events.
+    Candidates' codes are their ids of the sequence's features: those that blocks read of candidates are among these."""
 
     # lists may be empty, and then do not tell their type
     request_keys: list[str]
     candidate_keys: list[str]
     request_sizes: list[int]
     candidate_sizes: list[int]
+    code_places: list[int]
 
     def __init__(self, ranker: Ranker, spec: FeatureSpec, config: TablesConfig) -> None:
         super().__init__()
@@ -114,8 +116,11 @@ class CandidateRanker(nn.Module):
         self.tables, self.dense = tables_for(own, ranker.tables, config), ranker.dense
         self.request_keys, self.candidate_keys = names(own.request), names(own.candidate)
         self.sequence_keys = sequence_keys(own)
+        self.history_keys = len(own.sequence) + len(own.event)
         self.request_sizes, self.candidate_sizes = sizes(own.request), sizes(own.candidate)
         self.sequence_sizes = sizes((*own.sequence, *own.event, *own.sequence))
+        have = names(own.sequence)
+        self.code_places = [have.index(name) if name in have else -1 for name in names(own.codes)]
 
     def forward(
         self,
@@ -154,8 +159,9 @@ class CandidateRanker(nn.Module):
             KeyedJaggedTensor(self.sequence_keys, sequence_values, lengths=sequence_lengths),
         )
         no_codes = event_time.unsqueeze(1)[:, :0]
+        codes = self._codes(sequence_values, candidate_dense.size(0))
         plain = Plain(
-            request_dense, candidate_dense, event_dense, no_codes, no_codes, event_time, now, start, end, offsets
+            request_dense, candidate_dense, event_dense, no_codes, codes, event_time, now, start, end, offsets
         )  # fmt: skip
         history, target = self.dense.sequences(embedded, plain)
         found: list[Tensor] = []
@@ -166,9 +172,19 @@ class CandidateRanker(nn.Module):
             probe = target.probe
             if block.probe_column >= 0:  # type: ignore[operator]
                 probe = memory[f"{i}.probe"]
-            own = Target(target.x, target.offsets, probe)
+            own = Target(target.x, target.offsets, probe, target.code)
             found.append(block.read_stored(stored, now, own))  # type: ignore[operator]
         return esmm_probabilities(self.dense.logits(embedded, plain, history, target, found))
+
+    def _codes(self, sequence_values: Tensor, candidates: int) -> Tensor:
+        """Those of ``features.codes`` that are in ``features.sequence`` too `[N, codes]`; 0, none, of the others."""
+        keys = len(self.sequence_keys)
+        of_events = sequence_values.numel() - (keys - self.history_keys) * candidates
+        ids = sequence_values[of_events:].view(keys - self.history_keys, candidates)
+        found = [ids[place] if place >= 0 else torch.zeros_like(ids[0]) for place in self.code_places]
+        if len(found) == 0:
+            return ids.t()[:, :0]
+        return torch.stack(found, 1)
 
 
 def tables_for(spec: FeatureSpec, tables: Tables, config: TablesConfig) -> Tables:

@@ -14,6 +14,11 @@ value of the events like the candidate, and the logarithm of its size, which tel
 that one event in a hundred is about, a read is a hundred times smaller than of one that all are. Beside them stands the
 product with the value that an event like the candidate has, without the bias: whether key and value both agree.
 
+Heads that learn their slots confuse interests until they have learned to tell them apart, and a candidate's semantic ID
+tells at once which events are like it. So `code_heads` of every linear layer have a slot for each code (codes that are
+alike mod d_k share one): what such a head writes, forgets and is asked for is of the code alone, the values, gates and
+decays are the layer's, and what is read is how much the history has of the candidate's code, and what of it.
+
 With `decay="state"` nothing in the long branch depends on the request's time, and all of it is causal: requests whose
 windows begin at one event, those of a row, share one pass over the events up to the last one's split, and each takes
 the states after its own split and the mean up to it. With `decay="now"` a token's gates depend on the request's time,
@@ -25,7 +30,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ranker.longseq.hytrec_layers import LocalSoftmax, ShortSoftmax, Tadn, Tokens, in_slots, levelled
+from ranker.longseq.hytrec_layers import LocalSoftmax, ShortSoftmax, Tadn, Tokens, in_slots, levelled, slots_by_code
 from ranker.longseq.hytrec_passes import Passes, between, pass_a_row, pass_each
 from ranker.longseq.protocol import History, Probes, Target, compact, latest
 from ranker.longseq.stored import Stored, restore_parts, store_parts
@@ -96,6 +101,8 @@ class HyTRec(nn.Module):
         sharpness: of the softmax that spreads queries and keys over the slots; 0: none.
         key_start, key_width: where in an event and in a candidate stands what keys are made of at first, such as the
             embedding of a semantic ID, at most `width` wide; −1: they are made of all.
+        code_heads: M, heads of each linear layer whose slots are codes': events and candidates of code c fall into slot
+            c mod dk of head m, c being the m-th of their `code`. The other heads learn their slots.
         layers: N, of the long branch; ratio: r, linear layers before each softmax layer.
         short_length: events of the short branch.
         period_s: in which τ, or the state, falls to 1/e.
@@ -136,6 +143,7 @@ class HyTRec(nn.Module):
         sharpness: float = 4.0,
         key_start: int = -1,
         key_width: int = 0,
+        code_heads: int = 0,
     ) -> None:
         super().__init__()
         for name, value in (("layers", layers), ("ratio", ratio), ("short_length", short_length), ("chunk", chunk)):
@@ -149,13 +157,15 @@ class HyTRec(nn.Module):
             raise ValueError(f"width: {width}; must be above that of what keys start from ({key_width}): raise width")
         if sharpness > 0 and (key_dim or width // heads) == 1:
             raise ValueError("key_dim: 1; a softmax over one slot is always 1: raise key_dim, or set sharpness to 0")
+        if not 0 <= code_heads <= heads:
+            raise ValueError(f"code_heads: {code_heads}; must be of 0 to {heads}, the heads: raise heads")
         if period_s <= 0:
             raise ValueError(f"period_s: {period_s}; must be positive, in seconds")
         if decay not in ("now", "state"):
             raise ValueError(f"decay: {decay!r}; must be 'now' or 'state'")
         if deviation not in ("mean", "previous"):
             raise ValueError(f"deviation: {deviation!r}; must be 'mean' or 'previous'")
-        self.out_dim = width
+        self.out_dim, self.code_heads = width, code_heads
         self.key_dim, self.sharpness = key_dim if key_dim > 0 else width // heads, sharpness
         self.width, self.heads, self.length, self.short_length = width, heads, length, short_length
         self.period_ms, self.decay_by_age, self.from_mean = 1000.0 * period_s, decay == "now", deviation == "mean"
@@ -165,7 +175,7 @@ class HyTRec(nn.Module):
         self.event = nn.Linear(dim, width)
         kinds = [(i + 1) % (ratio + 1) > 0 for i in range(layers)]
         self.layers = nn.ModuleList(
-            Tadn(width, heads, self.key_dim, feed_forward, chunk, gate_bias, sharpness)
+            Tadn(width, heads, self.key_dim, feed_forward, chunk, gate_bias, sharpness, code_heads)
             if linear
             else LocalSoftmax(width, heads, self.key_dim, feed_forward, window)
             for linear in kinds
@@ -176,7 +186,7 @@ class HyTRec(nn.Module):
         self.short_norm = nn.LayerNorm(width)
         self.key_value = nn.Linear(width, 2 * width, bias=False)
         # of the candidate: a query for each linear layer's state, and one for the short branch
-        self.query = nn.Linear(dim, self.linear_layers * heads * self.key_dim + width, bias=False)
+        self.query = nn.Linear(dim, self.linear_layers * (heads - code_heads) * self.key_dim + width, bias=False)
         # and its own value, beside what it reads of each of these states
         self.value = nn.Linear(dim, self.linear_layers * width, bias=False) if agreement else None
         self._start_alike(key_start, key_width)
@@ -241,7 +251,13 @@ class HyTRec(nn.Module):
         branch's mean and what the short branch answers: `[N, width]`."""
         tiles = tiles_of(target.offsets, elements=target.x.size(0))
         of_states, of_short = self.query(target.x).split([self.query.out_features - self.width, self.width], 1)
-        of_states = in_slots(of_states.unflatten(1, [self.linear_layers * self.heads, -1]), self.sharpness)
+        learned = [self.linear_layers, self.heads - self.code_heads, self.key_dim]
+        of_states = in_slots(of_states.unflatten(1, learned), self.sharpness)
+        if self.code_heads > 0:
+            self._check(target.code)
+            by_code = slots_by_code(target.code, self.key_dim).to(of_states.dtype).unsqueeze(1)
+            of_states = torch.cat([by_code.expand(-1, self.linear_layers, -1, -1), of_states], 2)
+        of_states = of_states.flatten(1, 2)
         of_short = in_tiles(of_short.unflatten(1, [self.heads, -1]), tiles)
         of_state = read_state(in_tiles(of_states, tiles), tiles, memory.state)
         size = of_state.square().mean(3, keepdim=True) + self.small_read**2
@@ -357,7 +373,12 @@ class HyTRec(nn.Module):
         mean: RunningMeanPlan | None = None
         if self.from_mean:
             mean = running_mean_plan(offsets, x)
-        return Tokens(offsets, tau, log_decay, mean, at)
+        self._check(long.code)
+        return Tokens(offsets, tau, log_decay, mean, at, long.code)
+
+    def _check(self, code: Tensor) -> None:
+        if code.size(1) != self.code_heads:
+            raise ValueError(f"events or candidates have {code.size(1)} codes, code_heads is {self.code_heads}")
 
     def _next_items(self, split: Tensor, long: LongOutputs) -> tuple[Tensor, Tensor, Tensor]:
         """The latest tokens that each request has seen, each token once, the event that follows it, and of how many

@@ -33,6 +33,7 @@ class Tokens(NamedTuple):
     log_decay: `[T, h]` −(time since the token before) / period, or `[T, 0]` for no decay of the state.
     mean: plan of the running means, or None where the deviation is from the token before.
     at: `[P]` int64, tokens after which the linear layers' states are wanted, or None for each sequence's last.
+    code: `[T, M]` int64, by which each token falls into a slot of M heads; 0: into none.
     """
 
     offsets: Tensor
@@ -40,6 +41,7 @@ class Tokens(NamedTuple):
     log_decay: Tensor
     mean: RunningMeanPlan | None
     at: Tensor | None
+    code: Tensor
 
 
 def deviations(x: Tensor, tokens: Tokens) -> Tensor:
@@ -68,6 +70,13 @@ def in_slots(x: Tensor, sharpness: float) -> Tensor:
     return unit(torch.softmax(sharpness * levelled(x), -1) if sharpness > 0 else x)
 
 
+def slots_by_code(code: Tensor, slots: int) -> Tensor:
+    """One-hot keys `[n, M, slots]` of codes `[n, M]`: slot code mod `slots`, or zeros for 0, no code."""
+    slot = torch.arange(slots, device=code.device)
+    hot = (code.remainder(slots).unsqueeze(2) == slot) & (code > 0).unsqueeze(2)
+    return hot.float()
+
+
 class FeedForward(nn.Module):
     """x + W2 silu(W1 LayerNorm(x))."""
 
@@ -87,10 +96,20 @@ class Tadn(nn.Module):
     past, more for recent events, and the state forgets what it knows of a key in proportion to the same gate."""
 
     def __init__(
-        self, width: int, heads: int, key_dim: int, feed_forward: int, chunk: int, gate_bias: float, sharpness: float
+        self,
+        width: int,
+        heads: int,
+        key_dim: int,
+        feed_forward: int,
+        chunk: int,
+        gate_bias: float,
+        sharpness: float,
+        code_heads: int,
     ) -> None:
         super().__init__()
-        self.heads, self.keys, self.sharpness = heads, heads * key_dim, sharpness
+        self.heads, self.key_dim, self.sharpness = heads, key_dim, sharpness
+        self.learned = heads - code_heads  # heads that learn their keys
+        self.keys = self.learned * key_dim
         self.chunk, self.least_gate, self.small_read = chunk, 1e-3, 0.1
         self.norm = nn.LayerNorm(width)
         self.dynamic = nn.Linear(2 * width, width)
@@ -120,7 +139,10 @@ class Tadn(nn.Module):
         g = self.gates(y, deviation, tokens.tau)
         blended = torch.lerp(y, deviation, g)  # x̃ = g ⊙ Δx + (1 − g) ⊙ x
         qk, v, beta = self.projection(blended).split([2 * self.keys, x.size(1), self.heads], 1)
-        q, k = in_slots(qk.unflatten(1, [2, self.heads, -1]), self.sharpness).unbind(1)
+        q, k = in_slots(qk.unflatten(1, [2, self.learned, self.key_dim]), self.sharpness).unbind(1)
+        if tokens.code.size(1) > 0:
+            by_code = slots_by_code(tokens.code, self.key_dim).to(q.dtype)
+            q, k = torch.cat([by_code, q], 1), torch.cat([by_code, k], 1)
         v, beta = (v + self.value_bias).unflatten(1, [self.heads, -1]), torch.sigmoid(beta)
         erase = beta * g.unflatten(1, [self.heads, -1]).mean(2).clamp(min=self.least_gate)  # ĝ β
         log_decay = tokens.log_decay if tokens.log_decay.size(1) > 0 else None

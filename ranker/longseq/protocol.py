@@ -50,11 +50,13 @@ class Probes(NamedTuple):
 
 class Target(NamedTuple):
     """Candidates. x: `[N, d]`; offsets: `[R + 1]` int64, the candidates of request r are ``offsets[r] : offsets[r +
-    1]``; probe: `[N]` int64, the probe (of Q) of each candidate's group, or empty where there are no probes."""
+    1]``; probe: `[N]` int64, the probe (of Q) of each candidate's group, or empty where there are no probes; code: `[N,
+    M]` int64, semantic IDs as :class:`History` has them of events; M = 0 where the model reads none of candidates."""
 
     x: Tensor
     offsets: Tensor
     probe: Tensor
+    code: Tensor
 
 
 class LongSequence(Protocol):

@@ -63,7 +63,7 @@ def batch_of(lengths: list[int], candidates: int = 1) -> tuple[History, Target]:
     none = torch.zeros(events, 0, dtype=torch.int64)
     history = History(x, 60_000 * torch.arange(events), offsets[:-1], offsets[1:], now, none, x.detach()[:, :0])
     target = torch.randn(len(lengths) * candidates, DIM, generator=generator)
-    return history, Target(target, torch.arange(len(lengths) + 1) * candidates, NONE)
+    return history, Target(target, torch.arange(len(lengths) + 1) * candidates, NONE, target.long()[:, :0])
 
 
 def padded(block: SASRec, history: History) -> Tensor:

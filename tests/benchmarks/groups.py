@@ -50,7 +50,8 @@ def batch_of(length: int) -> tuple[History, Probes, Target]:
     start, none = torch.zeros(1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
     history = History(x, event_time, start, start + length, start + year_ms, none.expand(length, 0), x.detach()[:, :0])
     candidates = torch.randn(CANDIDATES, DIM, generator=generator)
-    return history, Probes(x.detach()[:0], none, none), Target(candidates, torch.tensor([0, CANDIDATES]), none)
+    target = Target(candidates, torch.tensor([0, CANDIDATES]), none, candidates.long()[:, :0])
+    return history, Probes(x.detach()[:0], none, none), target
 
 
 def floats_of(memory: Any) -> list[Tensor]:

@@ -82,7 +82,7 @@ def batch_of(requests: int, length: int, candidates: int, codes: Tensor) -> tupl
     offsets = torch.arange(requests + 1) * length
     history = History(x, clock, offsets[:-1], offsets[1:], torch.full([requests], 10**9), codes, content)
     target = torch.randn(requests * candidates, DIM, generator=generator).requires_grad_()
-    return history, Target(target, torch.arange(requests + 1) * candidates, NONE)
+    return history, Target(target, torch.arange(requests + 1) * candidates, NONE, target.long()[:, :0])
 
 
 def medians_ms(ways: dict[str, Work], repeats: int) -> dict[str, float]:

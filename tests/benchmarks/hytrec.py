@@ -78,7 +78,7 @@ def batch_of(requests: int, length: int, candidates: int = CANDIDATES) -> tuple[
     now = torch.full([requests], 60_000 * length)
     history = History(x, time_ms, start, start + length, now, torch.zeros(events, 0, dtype=torch.int64), x[:, :0])
     y = torch.randn(requests * candidates, WIDTH, generator=generator)
-    return history, Target(y, torch.arange(requests + 1) * candidates, NONE)
+    return history, Target(y, torch.arange(requests + 1) * candidates, NONE, y.long()[:, :0])
 
 
 def block_of(way: str) -> nn.Module:
@@ -120,7 +120,8 @@ def step_of_rows(shared: bool, rows: int = 64, requests: int = 8, length: int = 
     block, (history, _) = HyTRec(WIDTH, WIDTH, HEADS, LAYERS, 3, decay="state"), batch_of(rows, length, 0)
     start, end, now = (x.repeat_interleave(requests) for x in (history.start, history.end, history.now))
     history = history._replace(start=start, end=end - torch.arange(requests).repeat(rows), now=now)
-    target = Target(torch.randn(rows * requests, WIDTH), torch.arange(rows * requests + 1), NONE)
+    none = torch.zeros([rows * requests, 0], dtype=torch.int64)
+    target = Target(torch.randn(rows * requests, WIDTH), torch.arange(rows * requests + 1), NONE, none)
     return lambda: block(history if shared else compact(history), NO_PROBES, target).sum().backward()
 
 

@@ -49,7 +49,7 @@ def batch_of(rows: int, events: int, requests: int, candidates: int) -> tuple[Hi
     asked = torch.randint(1, CATEGORIES, [requests * candidates], generator=generator)
     group, request, probe, first = distinct_probes(asked, offsets)
     history = History(x, event_time, start, start + events, now, code, x[:, :0])
-    return history, Probes(target[first], group, request), Target(target, offsets, probe)
+    return history, Probes(target[first], group, request), Target(target, offsets, probe, target.long()[:, :0])
 
 
 def medians_ms(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:

@@ -57,7 +57,7 @@ def batch_of(lengths: Tensor) -> tuple[History, Target]:
     now = torch.full([REQUESTS], 10**9)
     no_code = torch.zeros(x.size(0), 0, dtype=torch.int64)
     history = History(x, event_time, offsets[:-1], offsets[1:], now, no_code, x[:, :0])
-    return history, Target(candidates, torch.arange(REQUESTS + 1) * CANDIDATES, NONE)
+    return history, Target(candidates, torch.arange(REQUESTS + 1) * CANDIDATES, NONE, candidates.long()[:, :0])
 
 
 def jagged(block: TargetAttention, history: History, target: Target) -> Tensor:

@@ -58,7 +58,7 @@ def batch_of(requests: int, length: int, candidates: int, codes: int) -> tuple[H
     code, request, probe, _ = distinct_probes(torch.arange(candidates).repeat(requests) % codes, offsets)
     probes = Probes(torch.randn(code.numel(), PROBE_DIM, generator=generator).requires_grad_(), code, request)
     target = torch.randn(requests * candidates, DIM, generator=generator).requires_grad_()
-    return history, probes, Target(target, offsets, probe)
+    return history, probes, Target(target, offsets, probe, target.long()[:, :0])
 
 
 def train_step(block: Block, history: History, probes: Probes, target: Target) -> list[float]:

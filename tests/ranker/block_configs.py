@@ -5,7 +5,10 @@ from __future__ import annotations
 UXSID = "{type: uxsid, width: 8, anchors: 4, anchor_hidden: 8, gate_hidden: 8}"
 HISAC = "{type: hisac, keep: [3, 2], head_dim: 4}"
 HYTREC = "{type: hytrec, width: 8, layers: 2, ratio: 1, short_length: 10}"
-NEXT = "{type: hytrec, key: item.sid_1, width: 12, layers: 2, ratio: 1, short_length: 10, next_item_weight: 0.1}"
+NEXT = (
+    "{type: hytrec, key: item.sid_1, slots: [item.sid_1], width: 12, layers: 2, ratio: 1, short_length: 10, "
+    "next_item_weight: 0.1}"
+)
 SEARCHES = {
     "sim_hard": "{type: sim_hard, probe: item.sid_1, top: 5, head_dim: 4}",
     "sim_soft": "{type: sim_soft, search_dim: 4, top: 5, head_dim: 4}",

@@ -103,7 +103,7 @@ def inputs_of(batch: Shape, dim: int) -> tuple[History, Target]:
     candidates = torch.randn(batch.candidates, dim, generator=generator, dtype=torch.float64)
     no_code = torch.zeros(batch.events, 0, dtype=torch.int64)
     history = History(x, time, start, end, last + before_now, no_code, x[:, :0])
-    return history, Target(candidates, offsets, NONE)
+    return history, Target(candidates, offsets, NONE, candidates.long()[:, :0])
 
 
 def randomise(module: nn.Module) -> nn.Module:

@@ -271,6 +271,16 @@ REFUSED_BY_THE_DATA = {
         "features.sequence=[item, item.category]",
         r"model.long\[0\].key: 'item.sid_1' is not in features.sequence, which has item, item.category; add it there",
     ),
+    "slots of no code": (
+        "{type: hytrec, slots: [item.sid_1]}",
+        "features.codes=[item.sid_2]",
+        r"model.long\[0\].slots: 'item.sid_1' is not in features.codes, which has item.sid_2; add it there",
+    ),
+    "more slots than heads": (
+        "{type: hytrec, width: 8, heads: 1, slots: [item.sid_1, item.sid_2]}",
+        "features.codes=[item.sid_1, item.sid_2]",
+        r"model.long\[0\]: code_heads: 2; must be of 0 to 1, the heads: raise heads",
+    ),
     "keys wider than token states": (
         "{type: hytrec, key: item.sid_1, width: 4, heads: 1}",
         "features.codes=[]",

@@ -73,7 +73,7 @@ def test_users_are_measured_one_by_one_though_they_share_rows(run: Path, hashed:
 
 def test_next_items_are_not_looked_for_by_hashes(hashed: Path, config_of: ConfigOf):
     """A hash does not tell which item it is of: the figures are over nothing, and say so."""
-    block = NEXT.replace("key: item.sid_1, ", "")  # the dataset has no codes
+    block = NEXT.replace("key: item.sid_1, slots: [item.sid_1], ", "")  # the dataset has no codes
     config = config_of(f"dataset={hashed}", f"model.long=[{block}]", "model.short=null")
     data = Dataset(hashed)
     spec = resolve(config.features, data.manifest)

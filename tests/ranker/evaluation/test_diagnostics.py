@@ -65,7 +65,7 @@ def parts(sample: Sample) -> list[Sample]:
     cut = int(target.offsets[1])
     first = first_requests(history, target, codes, 1)
     rest = history._replace(start=history.start[1:], end=history.end[1:], now=history.now[1:])
-    others = Target(target.x[cut:], target.offsets[1:] - cut, target.probe)
+    others = Target(target.x[cut:], target.offsets[1:] - cut, target.probe, target.code[cut:])
     return [Sample(*first, following, pool), Sample(rest, others, codes[cut:], following, pool)]
 
 
@@ -122,7 +122,8 @@ def test_next_items(config_of: ConfigOf, coded: Path):
     id = torch.arange(1, 600, 2)  # half the items, and many that do not exist
     pool = Items(id, torch.randn(len(id), history.x.size(1), generator=generator))
     with torch.no_grad():
-        scores = model.dense.long[0].block.score_next(history, pool.x).tolist()  # type: ignore[union-attr,operator]
+        block: Any = model.dense.long[0]
+        scores = block.block.score_next(block.own(history), pool.x).tolist()
     ranks: list[int] = []
     for r in range(REQUESTS):
         if int(history.end[r] - history.start[r]) > 10:  # events beside the short branch
@@ -196,11 +197,12 @@ def test_the_first_requests_keep_their_own_candidates():
     x = torch.arange(5.0).unsqueeze(1)
     window = torch.arange(3)
     history = History(torch.zeros(9, 1), torch.arange(9), window, window + 1, window + 9, torch.zeros(9, 2), x[:0])
-    target = Target(x, torch.tensor([0, 2, 2, 5]), window[:0])
+    target = Target(x, torch.tensor([0, 2, 2, 5]), window[:0], x.long())
     for n, candidates in ((0, 0), (1, 2), (2, 2), (3, 5), (99, 5)):
         found, asked, codes = first_requests(history, target, x, n)
         assert (found.start.numel(), found.end.numel(), found.now.numel()) == (min(n, 3),) * 3
         assert (asked.offsets.numel(), len(asked.x), len(codes)) == (min(n, 3) + 1, candidates, candidates)
+        assert torch.equal(asked.code, asked.x.long())
         assert found.x is history.x
 
 

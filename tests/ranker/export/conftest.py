@@ -25,6 +25,7 @@ ALONE = Ranks(0, 1, 1, torch.device("cpu"))
 CODED = ("features.sequence=[item, item.sid_1, item.sid_2]", "features.codes=[item.sid_1, item.sid_2]")
 CONTENT = (*CODED, "features.content=[item.sid_vector]")
 SECOND = UXSID.replace("}", ", probe: item.sid_2}")
+BY_CODE = HYTREC.replace("}", ", slots: [item.sid_2, item.sid_1]}")
 MODELS: dict[str, tuple[str, ...]] = {
     "uxsid": (*CODED, f"model.long=[{UXSID}]"),
     "hisac": (*CONTENT, f"model.long=[{HISAC.replace('}', ', z: content}')}]"),
@@ -32,7 +33,7 @@ MODELS: dict[str, tuple[str, ...]] = {
     "all": (
         *CONTENT,
         "model.short=null",
-        f"model.long=[{{type: mean}}, {UXSID}, {HISAC}, {HYTREC}, {SECOND}, {{type: vql, codes: 4, head_dim: 4}}]",
+        f"model.long=[{{type: mean}}, {UXSID}, {HISAC}, {BY_CODE}, {SECOND}, {{type: vql, codes: 4, head_dim: 4}}]",
         "tables.buckets={item: {rows: 17, hashes: 2}, event.action: 2, user: 9}",
     ),
     "target_attention": ("model.long=[{type: mean}, {type: target_attention, head_dim: 4}]",),

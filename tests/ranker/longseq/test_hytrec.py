@@ -96,8 +96,19 @@ def in_slots(block: HyTRec, x: Tensor) -> Tensor:
     return x / (x.square().sum() + 1e-6).sqrt()
 
 
+def heads_in_slots(block: HyTRec, learned: Tensor, code: list[int]) -> list[Tensor]:
+    """Every head's query or key: of the first heads one-hot by code, of the others learned."""
+    n, found = block.key_dim, list[Tensor]()
+    for one in code:
+        hot = torch.zeros(n, dtype=torch.float64)
+        if one:
+            hot[one % n] = 1.0
+        found.append(hot)
+    return found + [in_slots(block, x) for x in (learned.split(n) if learned.numel() else [])]
+
+
 def tadn_layer(
-    block: HyTRec, layer: Tadn, x: list[Tensor], time_ms: list[int], now_ms: int
+    block: HyTRec, layer: Tadn, x: list[Tensor], codes: list[list[int]], time_ms: list[int], now_ms: int
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Step 4 of the method, token by token, S in the paper's d_v × d_k; the outputs and each head's last S."""
     period_ms = 1000 * PERIOD_S
@@ -118,11 +129,13 @@ def tadn_layer(
         assert (g > 0).all()
         assert (g < 1).all()
         mixed = g * deviation + (1 - g) * token
-        q, k, v, beta = affine(layer.projection, mixed).split([HEADS * n, HEADS * n, HEADS * D, HEADS])
+        keys = (HEADS - len(codes[t])) * n
+        q, k, v, beta = affine(layer.projection, mixed).split([keys, keys, HEADS * D, HEADS])
+        queries, written = heads_in_slots(block, q, codes[t]), heads_in_slots(block, k, codes[t])
         read: list[Tensor] = []
         for h in range(HEADS):
             of = slice(h * D, (h + 1) * D)
-            unit_q, unit_k = (in_slots(block, x[h * n : (h + 1) * n]) for x in (q, k))
+            unit_q, unit_k = queries[h], written[h]
             strength = torch.sigmoid(beta[h])
             forget = g[of].mean().clamp(min=1e-3) * strength
             state = states[h]
@@ -150,7 +163,8 @@ def reference(block: HyTRec, batch: Shape, history: History, target: Target) -> 
         for layer in block.layers:
             if isinstance(layer, Tadn):
                 times = [int(history.time[i]) for i in long]
-                x, last = tadn_layer(block, layer, x, times, int(history.now[r]))
+                codes = [history.code[i].tolist() for i in long]
+                x, last = tadn_layer(block, layer, x, codes, times, int(history.now[r]))
                 states.append(last)
             elif x:
                 x = softmax_layer(layer, x, layer.window, causal=True)
@@ -160,15 +174,16 @@ def reference(block: HyTRec, batch: Shape, history: History, target: Target) -> 
         y = softmax_layer(block.short, y, 0, causal=False) if y else y
         pairs = [affine(block.key_value, norm(block.short_norm, token)).chunk(2) for token in y]
         for n in range(batch.offsets[r], batch.offsets[r + 1]):
-            queries = affine(block.query, target.x[n])
+            queries, learned = affine(block.query, target.x[n]), (HEADS - block.code_heads) * block.key_dim
             own = affine(block.value, target.x[n]).split(width) if block.value else []
             found: list[Tensor] = []
             sizes: list[Tensor] = []
             agreed: list[Tensor] = []
             for i, last in enumerate(states):
+                asked = heads_in_slots(block, queries[i * learned : (i + 1) * learned], target.code[n].tolist())
                 for h in range(HEADS):
-                    of, first = slice(h * D, (h + 1) * D), (i * HEADS + h) * block.key_dim
-                    read = level(last[h], 1e-5) @ in_slots(block, queries[first : first + block.key_dim])
+                    of = slice(h * D, (h + 1) * D)
+                    read = level(last[h], 1e-5) @ asked[h]
                     found.append(level(read, 1e-4))
                     sizes.append((read.square().mean() + 1e-4).log().view(1))
                     agreed += [found[-1] * level(own[i][of], 1e-5)] if block.value else []
@@ -178,9 +193,18 @@ def reference(block: HyTRec, batch: Shape, history: History, target: Target) -> 
     return torch.stack(rows) if rows else torch.zeros(0, width, dtype=torch.float64)
 
 
+def coded(history: History, target: Target, heads: int) -> tuple[History, Target]:
+    """With codes that are none, share a slot, or have one of their own."""
+    generator = torch.Generator().manual_seed(0)
+    of_events, of_candidates = (
+        torch.randint(0, 2 * KEYS, [x.size(0), heads], generator=generator) for x in (history.x, target.x)
+    )
+    return history._replace(code=of_events), target._replace(code=of_candidates)
+
+
 def check(block: HyTRec, batch: Shape) -> None:
     """Outputs and gradients, in events, candidates and all weights."""
-    history, target, inputs = differentiable(*inputs_of(batch, DIM))
+    history, target, inputs = differentiable(*coded(*inputs_of(batch, DIM), block.code_heads))
     found = block(history, NO_PROBES, target)
     assert_same(found, reference(block, batch, history, target), [*inputs, *block.parameters()])
 
@@ -210,6 +234,23 @@ def test_equals_the_loop_without_the_softmax_over_slots():
     block = block_of(sharpness=0.0, key_dim=0, decay="state")
     assert block.key_dim == D
     check_edges(block)
+
+
+@pytest.mark.parametrize("heads", [1, HEADS])
+def test_equals_the_loop_with_slots_by_code(heads: int):
+    """Of one head, and of all, so that none learns its own."""
+    check_edges(block_of(code_heads=heads, decay="state"))
+
+
+def test_a_candidate_without_a_code_and_one_of_a_code_that_no_event_has_find_the_same():
+    """Nothing, in the heads of codes: what is alike of them is read alike; a code that events have reads another."""
+    history, target = inputs_of(shape([30], [(0, 0, 30)], [3]), DIM)
+    block = block_of(code_heads=HEADS, decay="state")
+    history = history._replace(code=torch.full([30, HEADS], 1))
+    target = target._replace(x=target.x[:1].expand(3, -1), code=torch.tensor([[0], [2], [1]]).expand(-1, HEADS))
+    none, other, found = block(history, NO_PROBES, target)
+    torch.testing.assert_close(none, other)
+    assert not torch.allclose(none, found)
 
 
 def check_edges(block: HyTRec) -> None:
@@ -387,7 +428,7 @@ def test_starts_with_a_long_memory_and_alike():
 def writes_alone(layer: Tadn, x: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values of tokens that are each the first of a history: they deviate from nothing."""
     offsets, none = torch.arange(x.size(0) + 1), x[:, :0]
-    writes, _ = layer.writes(x, Tokens(offsets, none, none, running_mean_plan(offsets, x), None))
+    writes, _ = layer.writes(x, Tokens(offsets, none, none, running_mean_plan(offsets, x), None, x.long()[:, :0]))
     return writes.k, writes.v
 
 
@@ -496,6 +537,7 @@ def test_scores_of_the_next_item_come_from_the_past_alone():
         ({"width": DIM - 2, "key_start": 0, "key_width": DIM - 2, "heads": 1}, r"must be above .*: raise width"),
         ({"width": 8, "key_dim": 1}, "key_dim: 1; a softmax over one slot"),
         ({"width": 8, "heads": 8, "key_dim": 0}, "key_dim: 1; a softmax over one slot"),
+        ({"code_heads": 3}, "code_heads: 3; must be of 0 to 2, the heads: raise heads"),
         ({"deviation": "none"}, "deviation: 'none'; must be 'mean' or 'previous'"),
     ],
 )

@@ -96,7 +96,7 @@ class Served:
         name = self.store.current(self.versions)
         assert name is not None
         stored = decode(self.store.get(name, keys.key), keys.fingerprint, self.versions).stored
-        found = block.read_stored(stored, batch.now, Target(target.x, target.offsets, probe))
+        found = block.read_stored(stored, batch.now, Target(target.x, target.offsets, probe, target.code))
         there = stored.lengths.sum(1) > 0
         return expected, found, there if block.probe_column >= 0 else there[request]
 

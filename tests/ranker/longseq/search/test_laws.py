@@ -137,7 +137,7 @@ def test_an_untrained_search_finds_the_event_most_like_the_candidate(method: Cal
     """Of 200, with K = 1: what is read is that event's value."""
     torch.manual_seed(0)
     block = method(16, top=1, heads=1, head_dim=16, age_buckets=0)
-    target = Target(torch.randn(10, 16), torch.tensor([0, 10]), NO_PROBES.code)
+    target = Target(torch.randn(10, 16), torch.tensor([0, 10]), NO_PROBES.code, torch.zeros([10, 0], dtype=torch.int64))
     x = torch.cat([torch.randn(190, 16), target.x + 0.1 * torch.randn(10, 16)])
     history, _ = inputs_of(shape([200], [(0, 0, 200)], [10]), 16)
     history = history._replace(x=x, content=x[:, :0])
