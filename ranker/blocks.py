@@ -112,9 +112,9 @@ class Block(nn.Module):
             raise UserError(f"{self.name}: {error}") from error
         self.out_dim = int(self.block.out_dim)  # type: ignore[arg-type]
 
-    def forward(self, history: History, target: Target, candidate_codes: Tensor) -> BlockOutput:
+    def forward(self, history: History, target: Target) -> BlockOutput:
         """What candidates read of their histories; arguments as of :meth:`inputs`."""
-        history, probes, target = self.inputs(history, target, candidate_codes)
+        history, probes, target = self.inputs(history, target)
         if self.shortens:  # noqa: SIM102  apart, so that TorchScript does not look for what other blocks have not
             if not torch.jit.is_scripting() and self.training and self.block.few(history, target):  # type: ignore[operator]
                 out = self.block.read_few(history, target)  # type: ignore[operator]
@@ -128,18 +128,17 @@ class Block(nn.Module):
                 click_logits = self.block.click_logits(memory, target)  # type: ignore[operator]
         return BlockOutput(out, loss, click_logits)
 
-    def inputs(self, history: History, target: Target, candidate_codes: Tensor) -> BlockInput:
+    def inputs(self, history: History, target: Target) -> BlockInput:
         """What the block itself reads: of the codes its own, and the probes that candidates share.
 
         Args:
             history: `code` holds every feature of ``features.codes``, `content` every one of ``features.content``.
-            target: without probes.
-            candidate_codes: `[N, codes]`.
+            target: without probes; its `code` too holds every feature of ``features.codes``.
         """
         none = torch.zeros([0], dtype=torch.int64, device=target.x.device)
         probes = Probes(target.x[:0], none, none)
         if self.probe_column >= 0:
-            group, request, probe, first = distinct_probes(candidate_codes[:, self.probe_column], target.offsets)
+            group, request, probe, first = distinct_probes(target.code[:, self.probe_column], target.offsets)
             c = target.x.index_select(0, first).narrow(1, self.probe_start, self.dim)
             probes = Probes(c, group, request)
             target = Target(target.x, target.offsets, probe, target.code)

@@ -138,7 +138,7 @@ class Dense(nn.Module):
         found: list[Tensor] = []
         auxiliary, click_logits = torch.zeros([], device=history.x.device), [target.x[:, :0]]
         for block in self.long:
-            output = block(history, target, plain.candidate_codes)
+            output = block(history, target)
             found.append(output.out)
             auxiliary = auxiliary + output.loss
             click_logits.append(output.click_logits)

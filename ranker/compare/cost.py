@@ -87,7 +87,7 @@ def measure_cost(config: TrainConfig, dataset: Dataset, length: int, sizes: Size
     """The cost of a run's method at a length of at least 1."""
     spec = resolve(config.features, dataset.manifest)
     torch.manual_seed(0)
-    history, target, codes = generated_request(spec, config.tables.dim, length, sizes)
+    history, target = generated_request(spec, config.tables.dim, length, sizes)
     parts = list[PartCost]()
     short = config.model.short
     if short is not None:
@@ -96,7 +96,7 @@ def measure_cost(config: TrainConfig, dataset: Dataset, length: int, sizes: Size
         parts.append(_din(din, history, target, sizes))
     codewords = codewords_of(config, dataset)
     for i in range(len(config.model.long)):
-        parts.append(_block(config, i, spec, codewords, history, target, codes, sizes))
+        parts.append(_block(config, i, spec, codewords, history, target, sizes))
     kept = parts[-len(config.model.long) :]  # without a block: all there is
     return MethodCost(
         length,
@@ -107,7 +107,7 @@ def measure_cost(config: TrainConfig, dataset: Dataset, length: int, sizes: Size
     )
 
 
-def generated_request(spec: FeatureSpec, dim: int, length: int, sizes: Sizes) -> tuple[History, Target, Tensor]:
+def generated_request(spec: FeatureSpec, dim: int, length: int, sizes: Sizes) -> tuple[History, Target]:
     """One request with `length` events an hour apart, each of ``features.codes`` skewed as codes are (Zipf); its
     candidates, and their codes, `groups` distinct ones."""
     width, rng = dim * len(spec.sequence), np.random.default_rng(0)
@@ -123,7 +123,7 @@ def generated_request(spec: FeatureSpec, dim: int, length: int, sizes: Sizes) ->
     groups = [asked % max(f.size - 1, 1) + 1 for f in spec.codes]
     codes = torch.stack(groups, 1) if groups else torch.zeros(sizes.candidates, 0, dtype=torch.int64)
     candidates = torch.randn(sizes.candidates, width)
-    return history, Target(candidates, offsets, torch.zeros(0, dtype=torch.int64), codes), codes
+    return history, Target(candidates, offsets, torch.zeros(0, dtype=torch.int64), codes)
 
 
 def _din(din: DIN, history: History, target: Target, sizes: Sizes) -> PartCost:
@@ -134,11 +134,11 @@ def _din(din: DIN, history: History, target: Target, sizes: Sizes) -> PartCost:
 
 def _block(
     config: TrainConfig, index: int, spec: FeatureSpec, codewords: Codewords, history: History, target: Target,
-    codes: Tensor, sizes: Sizes,
+    sizes: Sizes,
 ) -> PartCost:  # fmt: skip
     whole = config.model.long[index].model_copy(update={"length": history.x.size(0)})
     block = Block(index, whole, spec, config.tables.dim, codewords).eval()
-    own_history, probes, own_target = block.inputs(history, target, codes)
+    own_history, probes, own_target = block.inputs(history, target)
     method = cast(Any, block.block)
     encode_s, memory = _median_s(lambda: method.encode(own_history, probes), sizes.repeats)
     read_s, _ = _median_s(lambda: method.read(memory, own_target), sizes.repeats)

@@ -76,7 +76,6 @@ class Sample(NamedTuple):
 
     history: History
     target: Target
-    codes: Tensor
     following: Tensor
     pool: Items | None
 
@@ -93,7 +92,7 @@ class _Interests:
         if self.uxsid.global_head is None:
             return  # no probe attends to the events
         group = sample.history.code[:, self.block.probe_column]
-        history, probes, _ = self.block.inputs(sample.history, sample.target, sample.codes)
+        history, probes, _ = self.block.inputs(sample.history, sample.target)
         history = latest(history, self.uxsid.length)
         attention = [weights.probes for weights in self.uxsid.attention(history, probes)]
         events = [group[a:b] for a, b in zip(history.start.tolist(), history.end.tolist(), strict=True)]
@@ -118,7 +117,7 @@ class _AgentCounts:
 
     def add(self, sample: Sample) -> None:
         """Measure a batch's requests."""
-        history, _, _ = self.block.inputs(sample.history, sample.target, sample.codes)
+        history, _, _ = self.block.inputs(sample.history, sample.target)
         agents = self.hisac.agents_of(history)
         history = latest(history, self.hisac.length)
         events = history.end - history.start
@@ -143,7 +142,7 @@ class _NextItems:
         """Measure a batch's requests."""
         if sample.pool is None:
             return
-        history, _, _ = self.block.inputs(sample.history, sample.target, sample.codes)
+        history, _, _ = self.block.inputs(sample.history, sample.target)
         following, pool = sample.following[next_event(history, self.hytrec)], sample.pool
         scores = self.hytrec.score_next(history, pool.x)
         place = torch.searchsorted(pool.id, following).clamp(max=pool.id.numel() - 1)
@@ -170,12 +169,11 @@ def next_event(history: History, hytrec: HyTRec) -> Tensor:
     return split[split > history.start]
 
 
-def first_requests(history: History, target: Target, codes: Tensor, n: int) -> tuple[History, Target, Tensor]:
+def first_requests(history: History, target: Target, n: int) -> tuple[History, Target]:
     """The first `n` requests of a batch; events stay where they are."""
     candidates = int(target.offsets[: n + 1][-1])
     history = history._replace(start=history.start[:n], end=history.end[:n], now=history.now[:n])
-    target = Target(target.x[:candidates], target.offsets[: n + 1], target.probe, target.code[:candidates])
-    return history, target, codes[:candidates]
+    return history, Target(target.x[:candidates], target.offsets[: n + 1], target.probe, target.code[:candidates])
 
 
 def measures_of(model: nn.Module) -> list[_Measure]:
@@ -217,9 +215,7 @@ def diagnose(
         batch = batch.to(ranks.device)
         embedded = tables(batch.request, batch.candidate, batch.sequence)
         left = max(sample - measured, 0)
-        history, target, codes = first_requests(
-            *dense.sequences(embedded, plain_of(batch)), batch.candidate_codes, left
-        )
+        history, target = first_requests(*dense.sequences(embedded, plain_of(batch)), left)
         measured += history.start.numel()
         following, known = history.time, None
         if items is not None:
@@ -227,7 +223,7 @@ def diagnose(
             asked = [next_event(history, measure.hytrec) for measure in next_items]
             known = items.with_items(following[torch.cat(asked)])
         for measure in measures:
-            measure.add(Sample(history, target, codes, following, known))
+            measure.add(Sample(history, target, following, known))
         if ranks.total(float(measured < sample)) == 0:  # together: a look-up in shared tables takes every rank
             break
     return [BlockReport(m.block.name, m.block.kind, measured, m.figures()) for m in measures]

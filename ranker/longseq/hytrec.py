@@ -254,8 +254,7 @@ class HyTRec(nn.Module):
         learned = [self.linear_layers, self.heads - self.code_heads, self.key_dim]
         of_states = in_slots(of_states.unflatten(1, learned), self.sharpness)
         if self.code_heads > 0:
-            self._check(target.code)
-            by_code = slots_by_code(target.code, self.key_dim).to(of_states.dtype).unsqueeze(1)
+            by_code = slots_by_code(self._own_codes(target.code), self.key_dim).to(of_states.dtype).unsqueeze(1)
             of_states = torch.cat([by_code.expand(-1, self.linear_layers, -1, -1), of_states], 2)
         of_states = of_states.flatten(1, 2)
         of_short = in_tiles(of_short.unflatten(1, [self.heads, -1]), tiles)
@@ -373,12 +372,12 @@ class HyTRec(nn.Module):
         mean: RunningMeanPlan | None = None
         if self.from_mean:
             mean = running_mean_plan(offsets, x)
-        self._check(long.code)
-        return Tokens(offsets, tau, log_decay, mean, at, long.code)
+        return Tokens(offsets, tau, log_decay, mean, at, self._own_codes(long.code))
 
-    def _check(self, code: Tensor) -> None:
-        if code.size(1) != self.code_heads:
+    def _own_codes(self, code: Tensor) -> Tensor:
+        if self.code_heads > 0 and code.size(1) != self.code_heads:
             raise ValueError(f"events or candidates have {code.size(1)} codes, code_heads is {self.code_heads}")
+        return code[:, : self.code_heads]
 
     def _next_items(self, split: Tensor, long: LongOutputs) -> tuple[Tensor, Tensor, Tensor]:
         """The latest tokens that each request has seen, each token once, the event that follows it, and of how many

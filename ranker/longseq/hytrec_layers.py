@@ -6,11 +6,12 @@ state" of the equations is the normalised one. All are causal.
 Chosen where the published text is open: values have a bias, so that a state tells how much it holds of a key whatever
 that was. Queries and keys pass a softmax before they are normalised: linear ones of many interests overlap in a state
 of few dimensions, and what is read of one interest is drowned by the others; after a softmax tokens that are alike fall
-into the same few of d_k slots, and an event erases next to nothing of the other slots. What a head reads of its state
-is brought to unit root mean square (as in Gated DeltaNet, Yang et al. 2024), for a state that forgets little grows with
-the history; a read that found next to nothing stays small, for its direction is chance, and rounding may turn it. Gates
-begin almost closed, with a memory of thousands of events, and layers begin as the identity: until they have learned
-something to add, the keys of all are made of the events.
+into the same few of d_k slots, and an event erases next to nothing of the other slots. A head may instead have a slot
+for each semantic ID, one-hot and not learned. What a head reads of its state is brought to unit root mean square (as in
+Gated DeltaNet, Yang et al. 2024), for a state that forgets little grows with the history; a read that found next to
+nothing stays small, for its direction is chance, and rounding may turn it. Gates begin almost closed, with a memory of
+thousands of events, and layers begin as the identity: until they have learned something to add, the keys of all are
+made of the events.
 """
 
 from typing import NamedTuple

@@ -41,7 +41,7 @@ def draw(block: Block, shown: Shown) -> Figure:
     ones grey. Below, the share of each event in what an agent gathers."""
     module = block.block
     assert isinstance(module, HiSAC)
-    given = block.inputs(shown.history, shown.target, shown.candidate_codes)
+    given = block.inputs(shown.history, shown.target)
     agents = module.agents_of(given.history)
     count = min(AGENTS, agents.votes.numel())
     figure = new_figure(13, 5.2 + 0.2 * max(count, 4))
@@ -51,7 +51,7 @@ def draw(block: Block, shown: Shown) -> Figure:
         note(tree, "no event of the history has a semantic ID: no votes, no agents")
         routing.set_axis_off()
         return figure
-    candidates = shown.candidate_codes[:, torch.tensor(block.code_columns)]
+    candidates = shown.target.code[:, torch.tensor(block.code_columns)]
     columns = [shown.codes[column] for column in block.code_columns]
     _tree(tree, places(module.tree(given.history)), columns, {tuple(code) for code in candidates.tolist()})
     _routing(figure, routing, module, given.history, agents)

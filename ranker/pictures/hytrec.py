@@ -23,7 +23,7 @@ def draw(block: Block, shown: Shown) -> Figure:
     erases, and the temporal decay τ; the events of the short branch, which no linear layer sees, are grey."""
     module = block.block
     assert isinstance(module, HyTRec)
-    history = block.inputs(shown.history, shown.target, shown.candidate_codes).history
+    history = block.inputs(shown.history, shown.target).history
     found = module.gates(history)
     seen = latest(history, module.length)
     time = seen.time[int(seen.start) : int(seen.end)].numpy()

@@ -26,7 +26,7 @@ GROUPS = 4
 class Shown(NamedTuple):
     """Request `number` of a split, alone in a batch.
 
-    history, target: as :meth:`ranker.model.Dense.sequences` makes them; candidate_codes: `[N, codes]`.
+    history, target: as :meth:`ranker.model.Dense.sequences` makes them.
     codes: names of the codes' columns; the reserved 0 is "none" in all of them.
     user: its id; item: `[N]` ids of the candidates; clicked: `[N]`.
     """
@@ -36,7 +36,6 @@ class Shown(NamedTuple):
     number: int
     history: History
     target: Target
-    candidate_codes: Tensor
     codes: list[str]
     user: object
     item: list[object]
@@ -93,7 +92,7 @@ def show(ranker: Ranker, batch: RequestBatch, spec: FeatureSpec, dataset: Datase
     embedded = ranker.tables(batch.request, batch.candidate, batch.sequence)
     history, target = ranker.dense.sequences(embedded, plain_of(batch))
     return Shown(
-        dataset, split, number, history, target, batch.candidate_codes, names(spec.codes),
+        dataset, split, number, history, target, names(spec.codes),
         user=dataset.values_of("user", batch.user.numpy())[0],
         item=dataset.values_of("item", batch.item.numpy()).tolist(),
         clicked=(batch.labels[:, 0] > 0).tolist(),

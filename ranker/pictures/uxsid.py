@@ -38,7 +38,7 @@ def draw(block: Block, shown: Shown) -> Figure:
     """The attention of each distinct group of candidates over the history, and that of the anchors."""
     module = block.block
     assert isinstance(module, UxSID)
-    history, probes, target = block.inputs(shown.history, shown.target, shown.candidate_codes)
+    history, probes, target = block.inputs(shown.history, shown.target)
     weights = module.attention(history, probes)[0]
     seen = latest(shown.history, module.length)
     window = slice(int(seen.start), int(seen.end))

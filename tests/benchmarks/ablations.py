@@ -43,6 +43,8 @@ ABLATIONS: dict[str, dict[str, list[str]]] = {
         "reads without their products": [f"{BLOCK}.agreement=false"],
         "linear keys": [f"{BLOCK}.sharpness=0", f"{BLOCK}.key_dim=0"],
         "keys of all features": [f"{BLOCK}.key=null"],
+        "slots of one head by semantic ID": [f"{BLOCK}.slots=[item.sid_1]", "features.codes=[item.sid_1]"],
+        "all slots learned": [f"{BLOCK}.slots=[]"],
         "with the next-item loss": [f"{BLOCK}.next_item_weight=0.1"],
         "without it": [f"{BLOCK}.next_item_weight=0"],
     },

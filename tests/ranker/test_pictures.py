@@ -73,7 +73,7 @@ def opened(run: Path) -> tuple[list[Block], Shown]:
 
 
 def given_to(block: Block, shown: Shown) -> tuple[History, Probes]:
-    found = block.inputs(shown.history, shown.target, shown.candidate_codes)
+    found = block.inputs(shown.history, shown.target)
     return found.history, found.probes
 
 

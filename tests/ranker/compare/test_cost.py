@@ -74,11 +74,11 @@ def test_methods_with_codes(config_at, coded: Path):
 
 def test_the_generated_request(config_at, coded: Path):
     spec = resolve(config_at("din", *CODES).features, Dataset(coded).manifest)
-    history, target, codes = generated_request(spec, 4, 30, SIZES)
-    assert (history.x.shape, target.x.shape, codes.shape) == ((30, 8), (4, 8), (4, 2))
+    history, target = generated_request(spec, 4, 30, SIZES)
+    assert (history.x.shape, target.x.shape, target.code.shape) == ((30, 8), (4, 8), (4, 2))
     assert (history.time[1:] > history.time[:-1]).all()
     assert (history.now > history.time[-1]).all()
-    assert codes[:, 0].unique().numel() == SIZES.groups
+    assert target.code[:, 0].unique().numel() == SIZES.groups
     for code, feature in zip(history.code.T, spec.codes, strict=True):
         assert code.min() >= 1  # every event has one
         assert code.max() < feature.size

@@ -47,8 +47,8 @@ def some_requests(config: TrainConfig) -> tuple[Ranker, Sample]:
         history, target = model.dense.sequences(
             model.tables(batch.request, batch.candidate, batch.sequence), plain_of(batch)
         )
-    history, target, codes = first_requests(history, target, batch.candidate_codes, REQUESTS)
-    return model, Sample(history, target, codes, batch.sequence["history:item"].values(), None)
+    history, target = first_requests(history, target, REQUESTS)
+    return model, Sample(history, target, batch.sequence["history:item"].values(), None)
 
 
 def figures_of(model: Ranker, *samples: Sample) -> dict[str, Figure]:
@@ -61,26 +61,26 @@ def figures_of(model: Ranker, *samples: Sample) -> dict[str, Figure]:
 
 def parts(sample: Sample) -> list[Sample]:
     """The sample as two batches, one of them with its first request alone."""
-    history, target, codes, following, pool = sample
+    history, target, following, pool = sample
     cut = int(target.offsets[1])
-    first = first_requests(history, target, codes, 1)
+    first = first_requests(history, target, 1)
     rest = history._replace(start=history.start[1:], end=history.end[1:], now=history.now[1:])
     others = Target(target.x[cut:], target.offsets[1:] - cut, target.probe, target.code[cut:])
-    return [Sample(*first, following, pool), Sample(rest, others, codes[cut:], following, pool)]
+    return [Sample(*first, following, pool), Sample(rest, others, following, pool)]
 
 
 def test_interest_recall(config_of: ConfigOf, coded: Path):
     model, sample = some_requests(config_of(*options_of(coded, UXSID.replace("}", ", length: 40}"))))
     uxsid: Any = model.dense.long[0].block  # type: ignore[union-attr]
-    history, target, codes, _, _ = sample
-    _, probes, _ = model.dense.long[0].inputs(history, target, codes)  # type: ignore[operator]
+    history, target, _, _ = sample
+    _, probes, _ = model.dense.long[0].inputs(history, target)  # type: ignore[operator]
     shown = uxsid.attention(history, probes)
     shares: dict[int, list[float]] = {10: [], 50: [], 10_000: []}
     for k, found in shares.items():
         for r in range(REQUESTS):
             end = int(history.end[r])
             events = list(range(max(int(history.start[r]), end - 40), end))
-            asked = sorted(set(codes[target.offsets[r] : target.offsets[r + 1], 0].tolist()))
+            asked = sorted(set(target.code[target.offsets[r] : target.offsets[r + 1], 0].tolist()))
             for i, code in enumerate(asked):
                 weight = shown[r].probes[i].tolist()
                 best = sorted(range(len(events)), key=lambda e: (-weight[e], -e))[:k]
@@ -199,9 +199,9 @@ def test_the_first_requests_keep_their_own_candidates():
     history = History(torch.zeros(9, 1), torch.arange(9), window, window + 1, window + 9, torch.zeros(9, 2), x[:0])
     target = Target(x, torch.tensor([0, 2, 2, 5]), window[:0], x.long())
     for n, candidates in ((0, 0), (1, 2), (2, 2), (3, 5), (99, 5)):
-        found, asked, codes = first_requests(history, target, x, n)
+        found, asked = first_requests(history, target, n)
         assert (found.start.numel(), found.end.numel(), found.now.numel()) == (min(n, 3),) * 3
-        assert (asked.offsets.numel(), len(asked.x), len(codes)) == (min(n, 3) + 1, candidates, candidates)
+        assert (asked.offsets.numel(), len(asked.x), len(asked.code)) == (min(n, 3) + 1, candidates, candidates)
         assert torch.equal(asked.code, asked.x.long())
         assert found.x is history.x
 

@@ -85,7 +85,7 @@ class Served:
         )
         block = self.dense.long[number]
         assert isinstance(block, Block)
-        expected = block(history, target, batch.candidate_codes).out
+        expected = block(history, target).out
         users = self.raw.hashes(batch.user.numpy())
         request, probe = segments_of(batch.offsets), target.probe
         if block.probe_column >= 0:
