@@ -277,7 +277,7 @@ REFUSED_BY_THE_DATA = {
         r"model.long\[0\].slots: 'item.sid_1' is not in features.codes, which has item.sid_2; add it there",
     ),
     "more slots than heads": (
-        "{type: hytrec, width: 8, heads: 1, slots: [item.sid_1, item.sid_2]}",
+        "{type: hytrec, width: 8, heads: 1, slots: [item.sid_1, item.sid_1]}",
         "features.codes=[item.sid_1, item.sid_2]",
         r"model.long\[0\]: code_heads: 2; must be of 0 to 1, the heads: raise heads",
     ),
