@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from pydantic import BaseModel
+
 from features.config_file import load_config, parse_path
 from features.errors import UserError
 from ranker.compare.config import CompareConfig, MethodConfig
@@ -117,7 +119,7 @@ def baseline_of(row: Row, rows: list[Row], baseline: str) -> Row | None:
 
 def _rows(config: CompareConfig, folder: Path, name: str, method: MethodConfig) -> Iterator[Row]:
     base = _load(config, folder, name, method, [])
-    swept = {key: values for key, values in config.sweep.items() if _has(base.model_dump(mode="json"), key)}
+    swept = {key: values for key, values in config.sweep.items() if _has(base, key)}
     for key in swept:
         if (option := _set_by(base, key)) is not None:
             raise UserError(f"sweep: {key} is what {option} sets; give its values there")
@@ -169,8 +171,8 @@ def _load(config: CompareConfig, folder: Path, name: str, method: MethodConfig, 
         raise UserError(f"method {name}: {error}") from error
 
 
-def _has(tree: object, key: str) -> bool:
-    """Whether a config has the key.
+def _has(config: TrainConfig, key: str) -> bool:
+    """Whether a config has the key; a mapping whose keys are the user's own, as `tables.dims`, has any.
 
     Raises:
         UserError: it is no path of keys.
@@ -178,9 +180,15 @@ def _has(tree: object, key: str) -> bool:
     path = parse_path(key)
     if path is None:
         raise UserError(f"sweep: {key!r} is no key; write it as in --set, model.long[0].anchors")
+    tree: object = config
     for part in path:
-        if isinstance(tree, dict) and part in tree:
-            tree = cast("dict[Any, Any]", tree)[part]
+        if isinstance(tree, BaseModel) and part in type(tree).model_fields:
+            tree = getattr(tree, str(part))
+        elif isinstance(tree, dict):
+            found = cast("dict[Any, Any]", tree)
+            if part not in found:
+                return True  # whether it may be there, and with this value, is told by loading it
+            tree = found[part]
         elif isinstance(tree, list) and isinstance(part, int) and part < len(cast("list[Any]", tree)):
             tree = cast("list[Any]", tree)[part]
         else:

@@ -123,6 +123,8 @@ def test_refused(configs: Path, options: dict[str, object], message: str):
 def test_methods_may_differ_in_what_is_swept(configs: Path):
     cells = cells_of(configs, methods="din", lengths="5", seeds="0", sweep=("tables.dim=4,8",))
     assert [cell.config.tables.dim for cell in cells] == [4, 8]
+    cells = cells_of(configs, lengths="5", seeds="0", sweep=("tables.dims.item=4,8",))  # keys of the user's own
+    assert [cell.config.tables.dims for cell in cells] == [{"item": 4}, {"item": 8}] * 2
 
 
 def test_the_scheduler_and_its_options(configs: Path):
