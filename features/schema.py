@@ -141,7 +141,10 @@ class EbnerdSource(Strict):
     """EB-NeRD: behaviours (in-view articles, clicks) and histories of Ekstra Bladet readers."""
 
     type: Literal["ebnerd"] = "ebnerd"
-    path: Path = Field(description="folder with behaviors_{train,val}.parquet and history_{train,val}.parquet")
+    path: Path = Field(
+        description="folder as published (articles.parquet, {train,validation}/{behaviors,history}.parquet), or with "
+        "behaviors_{train,val}.parquet and history_{train,val}.parquet"
+    )
     conversion_read_s: float = Field(
         default=30.0, gt=0, description="a click converts when the article is read at least so long, seconds"
     )

@@ -1,9 +1,14 @@
 """EB-NeRD (https://recsys.eb.dk): lists of in-view and clicked articles, and each reader's history in one row.
 
+A folder as published has ``train/`` and ``validation/`` with ``behaviors.parquet`` and ``history.parquet``, and
+``articles.parquet`` beside them; one folder of ``behaviors_{train,val}.parquet``, ``history_{train,val}.parquet`` and,
+if any, ``article_length.parquet`` and ``premium_articles*.parquet`` is read as well.
+
 Events are the union of both history files (they overlap: the pipeline drops what is there twice). Impressions are the
 in-view lists, one row an article; requests are the file's impressions. `click` and `conversion` are columns of ours:
 a conversion is a click whose article was read at least `conversion_read_s` seconds. Columns that tell what happened
-after the impression (`read_time`, `scroll_percentage`, `next_*`) are not offered to expressions over impressions.
+after the impression (`read_time`, `scroll_percentage`, `next_*`) are not offered to expressions over impressions, nor
+are an article's totals (`total_*`), which count what came after it was shown.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ from features.prepare.sources.tables import Logs, Table, files_of, open_table, p
 from features.schema import EbnerdSource
 
 _AFTERWARDS = {"read_time", "scroll_percentage", "next_read_time", "next_scroll_percentage"}
+_TOTALS = {"total_inviews", "total_pageviews", "total_read_time"}
 _LISTS = {"article_ids_inview", "article_ids_clicked"}
 # ordinal of an element = file number · 2^52 + row · 2^22 + place in the list
 _PLACE = "(CAST(file_index AS BIGINT) << 52) + (CAST(file_row_number AS BIGINT) << 22) + place"
@@ -32,21 +38,28 @@ def open_ebnerd(engine: Engine, source: EbnerdSource) -> Logs:
     )
 
 
+def _file(path: Path, name: str, part: str) -> Path:
+    """The file of a part, in either layout."""
+    published = path / {"train": "train", "val": "validation"}[part] / f"{name}.parquet"
+    return published if published.exists() else path / f"{name}_{part}.parquet"
+
+
 def _events(engine: Engine, path: Path) -> Table:
-    scan = parquet_scan([f for part in ("train", "val") for f in files_of(path / f"history_{part}.parquet")])
+    files = [_file(path, "history", part) for part in ("train", "val")]
+    scan = parquet_scan([found for file in files for found in files_of(file)])
     exploded = f"""(SELECT file_index, file_row_number, user_id, unnest(article_id_fixed) AS article_id,
         unnest(impression_time_fixed) AS impression_time, unnest(read_time_fixed) AS read_time,
         unnest(scroll_percentage_fixed) AS scroll_percentage, unnest(range(len(article_id_fixed))) AS place
         FROM {scan})"""
     names = {"user": "user_id", "item": "article_id", "time": "impression_time"}
-    return open_table(engine, "src_events", exploded, str(path / "history_*.parquet"), names, ordinal=_PLACE)
+    return open_table(engine, "src_events", exploded, _named(files), names, ordinal=_PLACE)
 
 
 def _impressions(engine: Engine, source: EbnerdSource) -> tuple[Table, dict[str, int]]:
     parts: list[str] = []
     dropped: dict[str, int] = {}
-    for index, part in enumerate(("train", "val")):
-        file = source.path / f"behaviors_{part}.parquet"
+    files = [_file(source.path, "behaviors", part) for part in ("train", "val")]
+    for index, (part, file) in enumerate(zip(("train", "val"), files, strict=True)):
         scan = parquet_scan(files_of(file))
         types = engine.types(scan, str(file))
         missing = sorted(({"user_id", "impression_id", "impression_time", "next_read_time"} | _LISTS) - set(types))
@@ -68,19 +81,25 @@ def _impressions(engine: Engine, source: EbnerdSource) -> tuple[Table, dict[str,
         )
     exploded = f"(SELECT * EXCLUDE (clicked, read_s) FROM ({' UNION ALL BY NAME '.join(parts)}))"
     names = {"user": "user_id", "item": "article_id", "time": "impression_time", "request": "impression_id"}
-    path = str(source.path / "behaviors_*.parquet")
-    return open_table(engine, "src_impressions", exploded, path, names, ordinal=_PLACE), dropped
+    return open_table(engine, "src_impressions", exploded, _named(files), names, ordinal=_PLACE), dropped
+
+
+def _named(files: list[Path]) -> str:
+    """What errors call files that are read as one."""
+    return ", ".join(map(str, files))
 
 
 def _items(engine: Engine, path: Path) -> Table | None:
-    tables = [
-        p for p in (path / "article_length.parquet", *sorted(path.glob("premium_articles*.parquet"))) if p.is_file()
-    ]
+    possible = (
+        path / "articles.parquet",
+        path / "article_length.parquet",
+        *sorted(path.glob("premium_articles*.parquet")),
+    )
+    tables = [p for p in possible if p.is_file()]
     if not tables:
         return None
     union = " UNION ALL BY NAME ".join(f"SELECT * FROM {parquet_scan([str(t)])}" for t in tables)
-    columns = [c for c in engine.types(f"({union})", str(path)) if c != "article_id"]
+    columns = [c for c in engine.types(f"({union})", str(path)) if c not in _TOTALS | {"article_id"}]
     merged = ", ".join(f"max({quote(c)}) AS {quote(c)}" for c in columns)  # each column comes from one file
     scan = f"(SELECT article_id, {merged} FROM ({union}) GROUP BY article_id)"
-    label = ", ".join(str(t) for t in tables)
-    return open_table(engine, "src_items", scan, label, {"item": "article_id"}, ordinal="0", keys=("item",))
+    return open_table(engine, "src_items", scan, _named(tables), {"item": "article_id"}, ordinal="0", keys=("item",))

@@ -153,10 +153,55 @@ def test_ebnerd_training_users(tmp_path: Path) -> None:
     assert manifest.dropped["training impressions of users outside train_users"] == 5
 
 
-def test_ebnerd_hides_what_happened_afterwards(tmp_path: Path) -> None:
-    columns = {"request": {"read_time": {"edges": [1]}}}
-    with pytest.raises(PrepareError, match="no column 'read_time'"):
-        prepare(logs.config(ebnerd(tmp_path / "in"), columns=columns), tmp_path / "out")
+def ebnerd_as_published(folder: Path) -> dict[str, Any]:
+    """The same logs as :func:`ebnerd`, and all that is told of articles."""
+    source = ebnerd(folder)
+    for part, name in (("train", "train"), ("val", "validation")):
+        (folder / name).mkdir()
+        for table in ("behaviors", "history"):
+            (folder / f"{table}_{part}.parquet").rename(folder / name / f"{table}.parquet")
+    (folder / "article_length.parquet").unlink()
+    (folder / "premium_articles.parquet").unlink()
+    articles = {
+        "article_id": pa.array([7, 8, 9, 99], pa.int32()),
+        "title": ["An ox", "A hen", "An ox", "A cow"],
+        "subtitle": ["ploughs", None, "rests", "is seen by none"],
+        "premium": [False, True, False, False],
+        "body": ["x" * 600, "x" * 10, None, "x"],
+        "published_time": pa.array([dt.datetime(2023, 5, 1)] * 4, pa.timestamp("us")),
+        "image_ids": [[1], None, [2, 3], []],
+        "topics": [["field"], ["yard", "egg"], ["field"], []],
+        "category_str": ["ox", "hen", "ox", "cow"],
+        "total_inviews": [1, 2, None, 4],
+    }
+    pq.write_table(pa.table(articles), folder / "articles.parquet")
+    return source
+
+
+def test_ebnerd_as_published(tmp_path: Path) -> None:
+    """The same requests as from the other layout, and articles with their texts."""
+    length = {"length": {"source": "article_length", "edges": [500]}}
+    here = logs.prepared(logs.config(ebnerd(tmp_path / "a"), columns={"item": length}), tmp_path / "a-out")
+    source = ebnerd_as_published(tmp_path / "b")
+    settings = [f"source.path={source['path']}", "split.valid_time=0", "counters=[]"]
+    config = load_config(CONFIGS / "ebnerd" / "data_published.yaml", PrepareConfig, settings)
+    there = logs.prepared(config, tmp_path / "b-out")
+    assert here.manifest.dropped == there.manifest.dropped
+    assert [r.items for r in logs.requests(here)] == [r.items for r in logs.requests(there)]
+    rows = {row["id"]: row for row in there.items().to_pylist()}
+    assert [rows[item]["item.title"] for item in (7, 8, 9, 10)] == ["An ox ploughs", "A hen", "An ox rests", ""]
+    assert rows[7]["item.category"] == rows[9]["item.category"] not in (0, rows[8]["item.category"])
+    assert [len(rows[item]["item.topics"]) for item in (7, 8, 9, 10)] == [1, 2, 1, 0]
+    assert [rows[item]["item.length"] for item in (7, 8, 9, 10)] == [2, 1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("column", "belongs_to"), [("read_time", "request"), ("next_read_time", "request"), ("total_inviews", "item")]
+)
+def test_ebnerd_hides_what_happened_afterwards(tmp_path: Path, column: str, belongs_to: str) -> None:
+    columns = {belongs_to: {column: {"edges": [1]}}}
+    with pytest.raises(PrepareError, match=f"no column '{column}'"):
+        prepare(logs.config(ebnerd_as_published(tmp_path / "in"), columns=columns), tmp_path / "out")
 
 
 def kuairand(folder: Path, csv: bool) -> dict[str, Any]:
