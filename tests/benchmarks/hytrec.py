@@ -8,7 +8,8 @@
    Times are per request: long histories are timed on fewer requests, as the table says.
    Then a step of 512 requests in rows of 8, one event apart, at the length of MovieLens-1M's histories: with
    decay="state", which lets a row share its pass, and with a copy of the row for each request.
-2. `encode` of one history of 10,000 and of 100,000 events: time and peak memory, forward, and forward and backward.
+2. `encode` of one history of 10,000 and of 100,000 events: time and peak memory, forward, and forward and backward;
+   and of ten histories of 10,000, which are as many events as the one of 100,000, and fit no cache either.
 3. `read` for 500 candidates from the memory of 100 and of 10,000 events, and beside full-length target attention, which
    is timed apart: its events would push the memory of whichever comes next out of the cache.
 
@@ -125,9 +126,9 @@ def step_of_rows(shared: bool, rows: int = 64, requests: int = 8, length: int = 
     return lambda: block(history if shared else compact(history), NO_PROBES, target).sum().backward()
 
 
-def encode(length: int, backward: bool) -> Callable[[], object]:
-    """Of one request, to its whole memory."""
-    block, (history, _) = HyTRec(WIDTH, WIDTH, HEADS, LAYERS, 3), batch_of(1, length)
+def encode(length: int, backward: bool, requests: int = 1) -> Callable[[], object]:
+    """To the whole memory."""
+    block, (history, _) = HyTRec(WIDTH, WIDTH, HEADS, LAYERS, 3), batch_of(requests, length)
 
     def forward() -> Tensor:
         memory = block.encode(history, NO_PROBES)
@@ -183,13 +184,15 @@ def compare_rows(repeats: int) -> None:
 def grow(repeats: int) -> None:
     """Part 2."""
     for backward in (False, True):
-        runs = {f"{length:,}": encode(length, backward) for length in (10_000, 100_000)}
-        took = medians(runs, repeats)
-        small, large = took.values()
+        runs = {
+            f"{n} × {length:,}": encode(length, backward, n) for n, length in ((1, 10_000), (1, 100_000), (10, 10_000))
+        }
+        small, large, as_many = medians(runs, repeats).values()
         peaks = [peak_mib(length, backward) for length in (10_000, 100_000)]
         print(
             f"encode{', backward' if backward else ', forward'}: L 10,000 {small:.3f} s, {peaks[0]:.0f} MiB; L 100,000 "
-            f"{large:.3f} s, {peaks[1]:.0f} MiB   time × {large / small:.2f}, memory × {peaks[1] / peaks[0]:.2f}",
+            f"{large:.3f} s, {peaks[1]:.0f} MiB   time × {large / small:.2f}, memory × {peaks[1] / peaks[0]:.2f}; of ten "
+            f"histories of 10,000 {as_many:.3f} s   one of 100,000 over them × {large / as_many:.2f}",
             flush=True,
         )
 

@@ -5,7 +5,7 @@
 Width 16: one head for UxSID (16 anchors), two of 8 for the named alternative, TargetAttention; both with an age bias.
 Training: forward, the block's own loss and backward for 32 requests × 16 candidates, whose semantic IDs are all
 distinct (the worst case) or 4 a request. Growth: `encode` of 100,000 events over 10,000, forward, backward and peak
-memory in a process of its own; the memory's bytes. Online, without gradients: 500 candidates of 100 semantic IDs read a
+memory in a process of its own, and over ten histories of 10,000, which fit no cache either; the memory's bytes. Online, without gradients: 500 candidates of 100 semantic IDs read a
 memory made of 10,000 events, against one made of 100, and against target attention to the 10,000 events. The ways
 alternate and medians are reported, of this process's processor time: others' work on the machine counts for less.
 """
@@ -33,6 +33,7 @@ from tests.benchmarks.machine import machine
 from tests.benchmarks.target_attention import resident_mib
 
 DIM, PROBE_DIM, WIDTH = 32, 16, 32
+GROWTH = ((1, 10_000), (1, 100_000), (10, 10_000))  # requests, events of each
 Block = UxSID | TargetAttention
 
 
@@ -145,20 +146,22 @@ def print_peak(length: int) -> None:
 
 def growth(repeats: int) -> None:
     """`encode` of ten times as many events."""
-    parts: dict[int, list[float]] = {}
-    for length in (10_000, 100_000):
-        history, probes, _ = batch_of(1, length, 16, 16)
-        (took,) = medians_ms({"": partial(encode_step, history, probes)}, repeats).values()
-        parts[length] = [*took, peak_mib(length)]
+    cases = {f"{n} × {length:>7,}": batch_of(n, length, 16, 16) for n, length in GROWTH}
+    took = medians_ms({name: partial(encode_step, *batch[:2]) for name, batch in cases.items()}, repeats)
+    for (name, (history, probes, _)), parts in zip(cases.items(), took.values(), strict=True):
         rows = block_of("UxSID").eval().encode(history, probes).rows
-        state = rows.numel() * rows.element_size() // probes.code.numel()
         print(
-            f"encode, 1 × 16 probes, L {length:>7,}: forward {took[0]:.1f} ms, backward {took[1]:.1f} ms, "
-            f"{1e6 * sum(took) / length:.0f} ns/event, peak {parts[length][2]:.0f} MiB; memory {state} bytes a probe",
+            f"encode, requests of 16 probes × events: {name}: forward {parts[0]:.1f} ms, backward {parts[1]:.1f} ms, "
+            f"{1e6 * sum(parts) / history.x.size(0):.0f} ns/event; "
+            f"memory {rows.numel() * rows.element_size() // probes.code.numel()} bytes a probe",
             flush=True,
         )
-    ratios = [long / short for short, long in zip(*parts.values(), strict=True)]
-    print("L 100,000 over 10,000: forward × {:.1f}, backward × {:.1f}, peak × {:.1f}".format(*ratios))
+    short, long, as_many = took.values()
+    for name, other in (("1", short), ("10", as_many)):
+        ratios = [x / y for x, y in zip(long, other, strict=True)]
+        print("L 100,000 over {} × 10,000: forward × {:.2f}, backward × {:.2f}".format(name, *ratios))
+    peaks = [peak_mib(length) for length in (10_000, 100_000)]
+    print(f"peak memory {peaks[0]:.0f} and {peaks[1]:.0f} MiB: × {peaks[1] / peaks[0]:.1f}")
 
 
 def online(repeats: int) -> None:
