@@ -79,7 +79,8 @@ class _Blocks:
         self.lower = torch.ones(size, size, dtype=d_o.dtype, device=d_o.device).tril()
         self.below = self.lower.tril(-1)
         step = block_size(size, self.heads)
-        self.blocks = [(first, min(first + step, count)) for first in range(0, count, step)]
+        pieces = pieces_of(chunks.active, self.heads, step)
+        self.blocks = [(i * step, min((i + 1) * step, count), of_block) for i, of_block in enumerate(pieces)]
 
     def gradients(
         self,
@@ -94,7 +95,7 @@ class _Blocks:
         heads, size = self.heads, self.lower.size(0)
         d_first = d_last[self.chunks.order].flatten(0, 1)
         d_after = torch.empty_like(before)
-        for first, end in reversed(self.blocks):
+        for first, end, pieces in reversed(self.blocks):
             rows, real = rows_of(self.chunks, first, end, heads), self.chunks.real[first:end]
             taken = [x.index_select(0, rows).view(-1, size, *x.shape[1:]) for x in self.given]
             if not bool(real.all()):
@@ -109,7 +110,7 @@ class _Blocks:
                 row = (self.stops.chunk[a:b] - first).unsqueeze(1) * heads + torch.arange(heads, device=read.device)
                 row = row.flatten()
                 read.index_add_(0, row, torch.bmm(to_stop[a * heads : b * heads].mT, d_stop[a * heads : b * heads]))
-            for piece in reversed(pieces_of(self.chunks.active, heads, first, end)):
+            for piece in reversed(pieces):
                 scan(piece, transition, read[piece.first - at.start : piece.end - at.start], d_after, d_first)
             to = rows_out(self.chunks, first, end, heads)
             for x, found in zip(self.of_block(taken, before[at], d_after[at], d_stop, first), self.found, strict=True):

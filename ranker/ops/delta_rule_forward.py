@@ -5,6 +5,7 @@ A block has chunks of one rank or of a few: when its four factors are there, so 
 and the scan goes on through it. Only what a backward pass reads leaves the cache.
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -45,25 +46,25 @@ class Piece(NamedTuple):
     sequence: int
 
 
-def pieces_of(active: list[int], heads: int, first: int, end: int) -> list[Piece]:
-    """Of the block of chunks ``first : end``."""
-    found: list[Piece] = []
+def pieces_of(active: list[int], heads: int, step: int) -> list[list[Piece]]:
+    """Of each block of `step` chunks: work follows their number, however many ranks and blocks there are."""
+    found: list[list[Piece]] = [[] for _ in range(0, sum(active), step)]
     start, before = 0, -1  # the first chunks of this rank, and of the one before
-    for j in range(len(active)):
-        a, b = max(first, start), min(end, start + active[j])
-        if a < b:
-            place, following = a - start, active[j + 1] if j + 1 < len(active) else 0
-            found.append(
+    for count, following in pairwise([*active, 0]):
+        for block in range(start // step, (start + count - 1) // step + 1):
+            a, b = max(start, block * step), min(start + count, (block + 1) * step)
+            place = a - start
+            found[block].append(
                 Piece(
                     a * heads,
                     b * heads,
                     (before + place) * heads if before >= 0 else -1,
                     max(0, min(following, b - start) - place) * heads,
-                    (start + active[j] + place) * heads,
+                    (start + count + place) * heads,
                     place * heads,
                 )
             )
-        before, start = start, start + active[j]
+        before, start = start, start + count
     return found
 
 
@@ -93,6 +94,7 @@ def forward_pass(writes: Writes, chunks: Chunks, state: Tensor | None, stops: St
     if count > 0:
         before[: chunks.active[0] * heads] = last[: chunks.active[0] * heads]
     step = block_size(size, heads)
+    pieces = pieces_of(chunks.active, heads, step)
     for first in range(0, count, step):
         end = min(first + step, count)
         rows = rows_of(chunks, first, end, heads)
@@ -125,7 +127,7 @@ def forward_pass(writes: Writes, chunks: Chunks, state: Tensor | None, stops: St
         read.baddbmm_(p, w)
         step_on.baddbmm_(kept.transpose(1, 2), w)
         addition = torch.bmm(kept.transpose(1, 2), u)
-        for piece in pieces_of(chunks.active, heads, first, end):
+        for piece in pieces[first // step]:
             scan(piece, transition, addition[piece.first - first * heads : piece.end - first * heads], before, last)
         begin = before[first * heads : end * heads]
         o = torch.bmm(p, u).baddbmm_(read, begin)

@@ -191,8 +191,8 @@ def grow(repeats: int) -> None:
         peaks = [peak_mib(length, backward) for length in (10_000, 100_000)]
         print(
             f"encode{', backward' if backward else ', forward'}: L 10,000 {small:.3f} s, {peaks[0]:.0f} MiB; L 100,000 "
-            f"{large:.3f} s, {peaks[1]:.0f} MiB   time × {large / small:.2f}, memory × {peaks[1] / peaks[0]:.2f}; of ten "
-            f"histories of 10,000 {as_many:.3f} s   one of 100,000 over them × {large / as_many:.2f}",
+            f"{large:.3f} s, {peaks[1]:.0f} MiB   time × {large / small:.2f}, memory × {peaks[1] / peaks[0]:.2f}; "
+            f"of ten histories of 10,000 {as_many:.3f} s   one of 100,000 over them × {large / as_many:.2f}",
             flush=True,
         )
 

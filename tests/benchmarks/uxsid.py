@@ -5,9 +5,10 @@
 Width 16: one head for UxSID (16 anchors), two of 8 for the named alternative, TargetAttention; both with an age bias.
 Training: forward, the block's own loss and backward for 32 requests × 16 candidates, whose semantic IDs are all
 distinct (the worst case) or 4 a request. Growth: `encode` of 100,000 events over 10,000, forward, backward and peak
-memory in a process of its own, and over ten histories of 10,000, which fit no cache either; the memory's bytes. Online, without gradients: 500 candidates of 100 semantic IDs read a
-memory made of 10,000 events, against one made of 100, and against target attention to the 10,000 events. The ways
-alternate and medians are reported, of this process's processor time: others' work on the machine counts for less.
+memory in a process of its own, and over ten histories of 10,000, which fit no cache either; the memory's bytes.
+Online, without gradients: 500 candidates of 100 semantic IDs read a memory made of 10,000 events, against one made of
+100, and against target attention to the 10,000 events. The ways alternate and medians are reported, of this process's
+processor time: others' work on the machine counts for less.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from ranker.ops.delta_rule import (
     naive_delta_rule,
     read_state,
 )
+from ranker.ops.delta_rule_forward import pieces_of
 from ranker.ops.jagged import offsets_of
 from ranker.ops.query_tiles import in_tiles, out_of_tiles, tiles_of
 
@@ -118,6 +119,19 @@ def test_more_chunks_than_a_block():
     assert_all_close(inputs.everything(delta_rule, 1), inputs.everything(delta_rule, 100), 1e-8)
     many = Inputs([3] * 600, decay=True, begin=False)
     assert_all_close(many.everything(delta_rule, 32), many.everything(chunked_delta_rule, 3), 1e-8)
+
+
+@given(st.lists(st.integers(1, 9), max_size=30), st.integers(1, 20), st.integers(1, 3))
+@settings(deadline=None)
+def test_blocks_have_every_chunk_once(counts: list[int], step: int, heads: int):
+    """In order, and in no more pieces than there are ranks and blocks: the work is that of the chunks."""
+    active = sorted(counts, reverse=True)
+    blocks = pieces_of(active, heads, step)
+    rows = [range(piece.first, piece.end) for block in blocks for piece in block]
+    assert [row for piece in rows for row in piece] == list(range(sum(active) * heads))
+    for number, block in enumerate(blocks):
+        assert all(number * step * heads <= p.first < p.end <= (number + 1) * step * heads for p in block)
+    assert len(rows) <= len(active) + len(blocks)
 
 
 @pytest.mark.parametrize("decay", [False, True])
