@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from ranker.freed_memory import keep_freed_memory
 from ranker.longseq import History, Probes, Target, TargetAttention
 from ranker.longseq.encoders import ELASTIC, HSTU, LONGER, SASRec
 from ranker.ops.jagged import offsets_of
@@ -199,6 +200,7 @@ def main() -> None:
     if options.peak:
         print_peak(options.peak[0], [int(length) for length in options.peak[1:]])
         return
+    keep_freed_memory()  # as the trainer does: else pages that come anew are timed too
     print(f"machine   {machine('torch', threads=options.threads)}")
     print(f"sizes     events {DIM}, width {WIDTH}, {HEADS} heads, 2 layers, float32; processor time")
     growth(options.repeats)

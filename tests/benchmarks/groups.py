@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ranker.freed_memory import keep_freed_memory
 from ranker.longseq import History, Probes, Target, TargetAttention
 from ranker.longseq.groups import LSH, SDIM, VQL, Aggregator, CFormer, KMeans, Patching, PolyEncoder
 from tests.benchmarks.machine import machine
@@ -145,6 +146,7 @@ def main() -> None:
     if options.only_peak:
         print_peak(options.methods[0], options.only_peak)
         return
+    keep_freed_memory()  # as the trainer does: else pages that come anew are timed too
     print(f"machine   {machine('torch', threads=options.threads)}")
     print(f"sizes     events {DIM} wide, float32; times in milliseconds of processor time")
     growth(options.methods, options.repeats)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ranker.freed_memory import keep_freed_memory
 from ranker.longseq import History, Probes, Target, TargetAttention
 from ranker.longseq.search import ETA, MIRRN, TWIN, SimHard, SimSoft
 from ranker.ops.probing import distinct_probes
@@ -127,6 +128,7 @@ if __name__ == "__main__":
     parser.add_argument("--repeats", type=int, default=5)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
+    keep_freed_memory()  # as the trainer does: else pages that come anew are timed too
     print(machine("torch", threads=given.threads))
     serving(given.events, given.candidates, given.repeats)
     training(min(given.events, 1_000), given.repeats)
