@@ -187,15 +187,17 @@ class Reader:
 
         # attributes are those of the item itself, known to the tables or not
         def of_event_item(feature: Feature) -> Array:
-            return self._attribute(feature.name, event_item, event_dropped)
+            return event_id if feature.name == "item" else self._attribute(feature.name, event_item, event_dropped)
 
         def of_candidate_item(feature: Feature) -> Array:
-            return self._attribute(feature.name, part.item, candidate_dropped)
+            return (
+                candidate_id if feature.name == "item" else self._attribute(feature.name, part.item, candidate_dropped)
+            )
 
-        part.history = [event_id if f.name == "item" else of_event_item(f) for f in spec.sequence]
+        part.history = [of_event_item(f) for f in spec.sequence]
         part.history += [events(f.name) for f in spec.event]
         part.history += [event_item for _ in spec.content]  # rows of a table of every item's vector
-        part.target = [candidate_id if f.name == "item" else of_candidate_item(f) for f in spec.sequence]
+        part.target = [of_candidate_item(f) for f in spec.sequence]
         part.event_dense = [events(f.name) for f in spec.event_dense]
         part.event_codes = [of_event_item(f) for f in spec.codes]
         part.candidate_codes = [of_candidate_item(f) for f in spec.codes]

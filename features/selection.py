@@ -43,7 +43,7 @@ class FeaturesConfig(Strict):
     codes: list[str] = Field(
         default_factory=list,
         description="ids of history and candidates that blocks read as they are, through no table: `item.NAME` "
-        "(categorical), such as the levels of semantic IDs",
+        "(categorical), such as the levels of semantic IDs, or `item`",
     )
     content: list[str] = Field(
         default_factory=list,

@@ -32,7 +32,7 @@ EVERYTHING = FeaturesConfig(
     sequence=["item.category", "item"],
     event=["event.action"],
     event_dense=["event.dwell"],
-    codes=["item.category"],
+    codes=["item.category", "item"],
 )
 COLUMNS = {
     "user": {"device": "categorical", "interests": "bag", "age": "dense"},

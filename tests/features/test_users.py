@@ -103,7 +103,7 @@ def test_events_are_read_as_a_request_reads_them(dataset: Dataset) -> None:
     assert batch.sequence["history:item"].values().tolist() == known
     category = [items[event["item"]]["item.category"] for event in events]
     assert batch.sequence["history:item.category"].values().tolist() == category
-    assert batch.event_codes.flatten().tolist() == category
+    assert batch.event_codes.T.tolist() == [category, known]
     assert batch.sequence["history:event.action"].values().tolist() == [event["event.action"] for event in events]
     assert batch.event_dense.flatten().tolist() == [event["event.dwell"] for event in events]
 
