@@ -113,8 +113,8 @@ class HyTrecConfig(Strict):
     )
     slots: list[str] = Field(
         default=[],
-        description="features of features.codes and features.sequence, such as item.sid_1, by which events fall into "
-        "the slots of one head each in every linear layer; the other heads learn theirs",
+        description="features of features.codes and features.sequence, such as item.sid_1 or item, by which events "
+        "fall into the slots of one head each in every linear layer (modulo key_dim); the other heads learn theirs",
     )
     key_dim: int = Field(default=32, ge=0, description="d_k, slots of a head's state; 0: width / heads")
     sharpness: float = Field(

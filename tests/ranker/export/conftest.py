@@ -22,10 +22,10 @@ from ranker.training.trainer import train
 from tests.ranker.block_configs import HISAC, HYTREC, UXSID
 
 ALONE = Ranks(0, 1, 1, torch.device("cpu"))
-CODED = ("features.sequence=[item, item.sid_1, item.sid_2]", "features.codes=[item.sid_1, item.sid_2]")
+CODED = ("features.sequence=[item, item.sid_1, item.sid_2]", "features.codes=[item.sid_1, item.sid_2, item]")
 CONTENT = (*CODED, "features.content=[item.sid_vector]")
 SECOND = UXSID.replace("}", ", probe: item.sid_2}")
-BY_CODE = HYTREC.replace("}", ", slots: [item.sid_2, item.sid_1]}")
+BY_CODE = HYTREC.replace("}", ", slots: [item.sid_2, item]}")
 MODELS: dict[str, tuple[str, ...]] = {
     "uxsid": (*CODED, f"model.long=[{UXSID}]"),
     "hisac": (*CONTENT, f"model.long=[{HISAC.replace('}', ', z: content}')}]"),
