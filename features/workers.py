@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import signal
 from collections.abc import Iterator
+from multiprocessing import active_children
 from typing import Any, cast
 
 import torch
@@ -41,3 +43,13 @@ def built(
 def _leave_sigterm_to_the_parent(worker: int) -> None:
     """Schedulers tell every process of a job to end; the parent does so when it has saved its work, and ends us."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@atexit.register  # before multiprocessing's own, which was registered with its import
+def _end_workers() -> None:
+    """Workers that still wait for work when this process ends, as after an error: multiprocessing would end them by
+    SIGTERM, which they leave to us, and then wait for them without end."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report the killed as a failure of their own
+    for child in active_children():
+        if child.daemon:
+            child.kill()
