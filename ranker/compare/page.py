@@ -52,12 +52,14 @@ def _figures(results: Results) -> list[str]:
     """One section a question."""
     more = figures.several_lengths(results)
     draw = figures.by_length if more else figures.by_method
+    seeds = max(len(row.runs) for row in results.rows)
+    told = "Bars: deviation over seeds." if seeds > 1 else "One seed: there is no deviation to tell differences from."
     return [
         _section(
             "Does reading more help?" if more else "Which is best?",
             '<div class="pair">',
             *(
-                _figure(f"length-{task}", partial(draw, results, task), "Bars: deviation over seeds.")
+                _figure(f"length-{task}", partial(draw, results, task), told)
                 for task in results.tasks
             ),
             "</div>",

@@ -259,6 +259,7 @@ def test_the_page_loads_nothing(compared: Path):
     assert page.tags.count("svg") == 3 + 2 + 1 + 2  # AUC by length of three tasks, cost, history, scores
     assert page.tags.count("table") == 1 + 3 + 2
     assert "user.shoe_size" in text  # what failed
+    assert "Bars: deviation over seeds." in text
 
 
 def test_a_page_without_costs_says_so(configs: Path, copy: Path, here: InThisProcess):
@@ -269,6 +270,13 @@ def test_a_page_without_costs_says_so(configs: Path, copy: Path, here: InThisPro
     page.feed(text)
     assert page.tags.count("svg") == 3 + 1 + 2  # AUC by length of three tasks, history, scores
     assert "none has been yet" in text
+
+
+def test_a_page_of_one_seed_shows_no_deviation(configs: Path, copy: Path, here: InThisProcess):
+    run(configs, copy, here, methods="din,mean", seeds="0", train=False)
+    text = (copy / "report.html").read_text()
+    assert "One seed" in text
+    assert "Bars" not in text
 
 
 def test_a_sweep_is_an_axis_of_the_table(configs: Path, tmp_path: Path, here: InThisProcess):
